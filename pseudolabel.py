@@ -196,7 +196,7 @@ def train_glyph_teacher(num_steps: int = 300, batch: int = 128) -> Student:
     """A small network that has seen rendered digits only, about ten seconds on two CPU cores."""
     preset = preset_of("digits")
     seed_step(0, "glyph teacher", 0)
-    glyphs, student = render_glyphs(), Student(SmallCNN(1, width=32), 10)
+    glyphs, student = render_glyphs(), Student(SmallCNN(1, 8, width=32), 10)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     for _ in tqdm(range(num_steps), "training the glyph teacher", disable=None):

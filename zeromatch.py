@@ -341,7 +341,7 @@ def main(args: Args) -> dict[str, Any]:
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
 
     seed_step(args.seed, "weights", 0)
-    student = build_student(args.backbone, len(preset.mean), len(data.classes)).to(device)
+    student = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
     if args.compile:
         student.compile()
     evaluated = student
