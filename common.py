@@ -239,6 +239,7 @@ def load_digits(data_dir: str) -> Data:
 FASHION_CLASSES = (
     "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot".split(", ")
 )
+DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # package dataset-fashion-mnist
 FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FASHION_FILES = {  # name: md5, torchvision 0.29 datasets/mnist.py
     "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -250,7 +251,7 @@ FASHION_FILES = {  # name: md5, torchvision 0.29 datasets/mnist.py
 
 def load_fashion_mnist(data_dir: str) -> Data:
     """Fashion-MNIST, 60,000 + 10,000 images of 28x28, from Debian's folder or the publisher's files."""
-    folder = Path("/usr/share/datasets/fashion-mnist")
+    folder = Path(DEBIAN_FASHION)
     if not all((folder / name).exists() for name in FASHION_FILES):
         folder = Path(data_dir) / "fashion_mnist"
         for name, md5 in FASHION_FILES.items():
@@ -726,7 +727,7 @@ class Run:
         self.state: dict[str, Any] = {"stage": 0, "step": 0, "seconds": 0.0}
         if (self.folder / "checkpoint.pt").exists():
             self.state = torch.load(self.folder / "checkpoint.pt", map_location=device, weights_only=True)
-            self.history = self.state["history"]
+            self.history, self.pending = self.state["history"], self.state["pending"]
         if not resume:
             self.write_json("args.json", args)
         self.write_json("env.json", environment(device))
@@ -753,7 +754,7 @@ class Run:
         write_atomically(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def describe(self, data: Data, labeled: np.ndarray, args: dict[str, Any]) -> None:
-        """Print what will be done: versions, split, settings, and the plan in steps and passes."""
+        """Print what will be done: versions, split, settings, plan in steps and passes; keep the labeled positions."""
         n, labels = len(data.train), len(labeled)
         steps, batch, uratio = args["num_steps"], args["batch_size"], args["uratio"]
         settings = "  ".join(f"{name} {value}" for name, value in args.items() if value is not None)
@@ -762,6 +763,7 @@ class Run:
         print(f"plan: {steps} steps x ({batch} labeled + {uratio * batch} unlabeled): ", end="")
         print(f"{steps * batch / labels:.0f} passes over the labels, {steps * uratio * batch / n:.1f} over the pool")
         print(settings)
+        write_atomically(self.folder / "labeled_idx.txt", "".join(f"{i}\n" for i in labeled).encode())
 
     def autocast(self) -> Any:
         """Context of the forward pass. Losses stay outside: a bfloat16 0.949 passes a 0.95 threshold."""
@@ -786,7 +788,7 @@ class Run:
 
         A mean leaves out NaN (a rate without a single case) except in a loss: Raises UserError
         naming the first loss and step that were not finite."""
-        self.pending.append(values)
+        self.pending.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
         if (step + 1) % log_every and step + 1 < num_steps:
             return
         rate = len(self.pending) / (time.perf_counter() - self.mark)
@@ -801,7 +803,7 @@ class Run:
     def _means(self, stage: int, step: int) -> dict[str, float]:
         names = list(self.pending[0])
         rows = [[torch.as_tensor(row[name], device=self.device).float() for name in names] for row in self.pending]
-        table = torch.stack([torch.stack(row) for row in rows]).detach().cpu()  # [steps, names]
+        table = torch.stack([torch.stack(row) for row in rows]).cpu()  # [steps, names]
         for name, column in zip(names, table.unbind(dim=1), strict=True):
             bad = (~column.isfinite()).nonzero()
             if name.startswith("loss") and len(bad):
@@ -840,8 +842,10 @@ class Run:
         with the previous checkpoint still there."""
         if self.pending:
             self._means(stage, step)  # raises: a run that has diverged is never saved
+        pending = [{name: float(value) for name, value in row.items()} for row in self.pending]
         state |= {name: part.state_dict() for name, part in parts.items()}
-        state |= {"stage": stage, "step": step + 1, "history": self.history, "seconds": self.seconds()}
+        state |= {"stage": stage, "step": step + 1, "seconds": self.seconds()}
+        state |= {"history": self.history, "pending": pending}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
@@ -946,7 +950,7 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
             args = tyro.cli(args_type, default=saved, description=about)
             for field in dataclasses.fields(args_type):
                 was, now = getattr(saved, field.name), getattr(args, field.name)
-                if was != now:
+                if was != now and field.name not in ("data_dir", "runs_dir", "device"):
                     flag = "--" + field.name.replace("_", "-")
                     raise UserError(
                         f"{flag} {now}: the run to resume has {was}; leave the flag out or start a new run"
