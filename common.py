@@ -79,7 +79,7 @@ PRESETS = {
     # backbone, size, pad, flip, mean, std | optimizer, lr, weight decay, layer decay | B, uratio, steps, of stage 1,
     # warm-up | decay of weights and of marginals, evaluate every
     "digits": Preset(
-        "cnn", 8, 1, False, (0.305,), (0.376,), "adamw", 4e-3, 1e-3, 1.0, 16, 4, 800, 400, 40, 0.99, 0.99, 40),
+        "cnn", 8, 1, False, (0.305,), (0.376,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 800, 400, 40, 0.99, 0.99, 40),
     "fashion_mnist": Preset(
         "cnn", 28, 3, True, (0.286,), (0.353,), "adamw", 4e-3, 1e-3, 1.0, 16, 4, 1400, 600, 60, 0.99, 0.99, 70),
 }
@@ -593,14 +593,15 @@ class WideResNet(nn.Module):
 
 
 class Student(nn.Module):
-    """Encoder + main head + (while `add_kd_head` was called) auxiliary distillation head.
+    """Encoder + main head + (after `add_kd_head`) auxiliary distillation head.
 
-    forward: batch -> (logits [n, K], logits_kd [n, K] or None, features [n, D])."""
+    forward: batch, extra inputs of the heads [n, num_extra] or None
+    -> (logits [n, K], logits_kd [n, K] or None, features [n, D])."""
 
-    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, encoder: nn.Module, num_classes: int, num_extra: int = 0) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.num_features, num_classes)
+        self.head = nn.Linear(encoder.num_features + num_extra, num_classes)
         self.kd_head: nn.Module | None = None
 
     def add_kd_head(self) -> None:
@@ -610,17 +611,19 @@ class Student(nn.Module):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         features = self.encoder(x)
+        if extra is not None:
+            features = torch.cat([features, extra.to(features)], dim=1)
         return self.head(features), None if self.kd_head is None else self.kd_head(features), features
 
 
-def build_student(backbone: str, channels: int, size: int, num_classes: int) -> Student:
+def build_student(backbone: str, channels: int, size: int, num_classes: int, num_extra: int = 0) -> Student:
     """A student for images of `channels` x `size` x `size`; the caller seeds torch first."""
     if backbone == "cnn":
-        return Student(SmallCNN(channels, size), num_classes)
+        return Student(SmallCNN(channels, size), num_classes, num_extra)
     if backbone == "wrn_28_2":
-        return Student(WideResNet(channels), num_classes)
+        return Student(WideResNet(channels), num_classes, num_extra)
     raise UserError(f"--backbone {backbone}: expected cnn or wrn_28_2")
 
 
@@ -674,14 +677,14 @@ def averaged_copy(student: nn.Module, decay: float) -> AveragedModel | Unaverage
 
 @torch.no_grad()
 def predict(
-    student: nn.Module, views: Views, autocast: Callable[[], Any] = nullcontext, batch: int = 500
+    student: nn.Module, views: Views, autocast: Any = nullcontext, extra: Tensor | None = None, batch: int = 500
 ) -> Tensor:
     """Class probabilities [N, K] float32 of the main head on the plain view of every example, on the CPU."""
     student.eval()
     probs = []
     for idx in torch.arange(len(views)).split(batch):
         with autocast():
-            logits, _, _ = student(views.plain(idx))
+            logits, _, _ = student(views.plain(idx), None if extra is None else extra[idx])
         probs.append(logits.float().softmax(dim=1).cpu())
     return torch.cat(probs)
 
@@ -902,10 +905,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def student_config(dataset: str, backbone: str, preset: Preset, classes: list[str]) -> dict[str, Any]:
+def student_config(
+    dataset: str, backbone: str, preset: Preset, classes: list[str], num_extra: int = 0
+) -> dict[str, Any]:
     """What it takes to use a student elsewhere: architecture, class names in order, preprocessing."""
     return {
-        "dataset": dataset, "backbone": backbone, "classes": classes,
+        "dataset": dataset, "backbone": backbone, "classes": classes, "num_extra": num_extra,
         "size": preset.size, "mean": preset.mean, "std": preset.std,
     }  # fmt: skip
 
@@ -925,7 +930,8 @@ def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
     from safetensors.torch import load_file
 
     config = json.loads((Path(folder) / "config.json").read_text())
-    student = build_student(config["backbone"], len(config["mean"]), config["size"], len(config["classes"]))
+    channels, num_classes = len(config["mean"]), len(config["classes"])
+    student = build_student(config["backbone"], channels, config["size"], num_classes, config["num_extra"])
     student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     return student.eval(), config
 
