@@ -336,7 +336,8 @@ def main(args: Args) -> dict[str, Any]:
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     k, extra = len(data.classes), len(data.classes) if args.feature_input else 0
     # one-hot rows, all zero where the teacher abstained
-    y_zs, y_zs_test = (None if z is None else torch.eye(k + 1, k, device=device)[torch.from_numpy(z)] for z in zero_shot)
+    one_hot = torch.eye(k + 1, k, device=device)
+    y_zs, y_zs_test = (None if z is None else one_hot[torch.from_numpy(z)] for z in zero_shot)
 
     seed_step(args.seed, "weights", 0)
     student = build_student(args.backbone, len(preset.mean), preset.size, k, extra).to(device)
