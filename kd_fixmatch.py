@@ -1,7 +1,7 @@
 """KD-FixMatch: FixMatch whose second network starts from what the first one is sure of.
 
-Paper: "KD-FixMatch: Knowledge Distillation Siamese Neural Networks", ICIP 2023, arXiv:2309.05826. Its
-authors published no code. No teacher's labels are used here: the only teacher is the outer network.
+Paper: "KD-FixMatch: Knowledge Distillation Siamese Neural Networks", ICIP 2023, arXiv:2309.05826; no code
+was published. No foundation model's labels are used: the only teacher is the outer network.
 
 Stage 1 trains an OUTER network by FixMatch. Stage 2 labels every unlabeled example with it and keeps a
 trusted set T_u: confident labels that deep embedded clustering (DEC) of the features agrees with.
@@ -10,36 +10,29 @@ Stage 3 trains an INNER network, from new weights, on labeled, unlabeled and tru
     loss = loss_s + lambda_u * loss_u
 
     loss_s   cross-entropy on labeled weak views
-    loss_u   on unlabeled STRONG views, mean over the whole unlabeled batch; a row whose target is not
-             known counts as 0. Target in stage 1: the network's own hard label of the WEAK view, if its
-             confidence reaches tau. In stage 3 (Heuristic 1): its own, if that reaches tau_inner; else
-             the outer network's, if the example is in T_u. Cross-entropy, in stage 3 a robust loss.
+    loss_u   on unlabeled STRONG views, mean over the whole unlabeled batch, 0 for a row without target.
+             Target in stage 1: the network's own hard label of the WEAK view, if its confidence reaches
+             tau. In stage 3 (Heuristic 1): its own, if that reaches tau_inner; else the outer network's,
+             if the example is in T_u. Cross-entropy; in stage 3 a loss that is robust to wrong labels.
 
-The inner network's averaged weights predict. The reported accuracy is that of the last evaluation (and
-the median of the last 20), never the best one.
+The inner network's averaged weights predict; reported is the last evaluation, never the best one.
 
-    python kd_fixmatch.py                                  handwritten digits, 10 labels, two minutes on a laptop
+    python kd_fixmatch.py                                  handwritten digits, 10 labels, a minute on a laptop
     python kd_fixmatch.py --outer-only                     plain FixMatch
-    python kd_fixmatch.py --unsup-loss ce                  KD-FixMatch-CE of the paper's table
-    python kd_fixmatch.py --sce-beta 0.01                  KD-FixMatch-SCE-1.0-0.01 (default: SCE-1.0-0.1)
+    python kd_fixmatch.py --unsup-loss ce                  KD-FixMatch-CE; default: KD-FixMatch-SCE-1.0-0.1
     python kd_fixmatch.py --clustering kmeans | none       another second filter | only the first
 
-What is known. From the abstract: the three phases, the inner network's new start, the two filters. From
-summaries by others: tau 0.95, tau_select 0.80, DEC on the features before the softmax, Heuristic 1, SCE
-with alpha 1 and beta 0.1 or 0.01 in the inner network's unlabeled term. The rest is assumed:
-  A1  T_u enters through the target of loss_u, with the weight of every other unlabeled example; its
-      examples stay in the unlabeled pool. The losses of the paper may be two terms.
-  A2  tau_inner is 0.95, on the inner network's weak view in the same pass, not on averaged weights.
-  A3  The outer network labels plain views with its averaged weights, the labeled examples' too.
-  A4  DEC's encoder is a square linear map of the features, started as the identity; the published DEC
-      (XifengGuo/DEC-keras) trains an auto-encoder first. Features are divided by the root mean square
-      distance to their class mean, because Student's t has a fixed length scale of 1.
-  A5  Cluster k starts at the mean of the survivors labeled k and keeps that name: no later matching. A
-      class without survivors has no cluster; with fewer than two classes nothing is filtered.
-  A6  DEC takes dec_steps of SGD with momentum 0.9 over all survivors at once, with a target from the
-      same step. Published: batches of 256, a target every 140 steps, an end when few change.
-  A7  Both networks have the same backbone, preset and number of steps.
-  A8  Optimizer, schedule and views are those of the other scripts, not known of the paper's.
+Known from the abstract: the stages, the new start, two filters; from others' summaries: both taus, DEC on
+the features before the softmax, Heuristic 1, SCE's weights. Assumed, like the recipe, one for both networks:
+  A1  T_u enters through the target of loss_u, every example with the same weight, and stays in the pool.
+  A2  tau_inner is 0.95, on the trained (not averaged) inner network's weak view of the same pass.
+  A3  The outer network's averaged weights label plain views, those of the labeled examples too.
+  A4  DEC's encoder is a square linear map of the features, started as the identity (published DEC: an
+      auto-encoder), in units of their root mean square distance to the mean: Student's t has a scale of 1.
+  A5  Cluster k starts at the mean of the survivors labeled k and keeps that name. A class without
+      survivors has no cluster; with fewer than two classes there is no second filter.
+  A6  DEC takes full-batch SGD steps, each towards its own target, at a rate that suits the small gradients.
+      Published (arXiv:1511.06335, XifengGuo/DEC-keras): batches, a target every 140 steps, rate 0.01.
 """
 
 from __future__ import annotations
@@ -120,10 +113,6 @@ class Args:
     """Confidence in [0, 1] from which the trained outer network's label passes the first filter of T_u."""
     clustering: Literal["dec", "kmeans", "none"] = "dec"
     """Second filter of T_u: the label must agree with the cluster. none: there is no second filter."""
-    dec_steps: int = 200
-    """Updates of DEC's projection and centroids."""
-    dec_lr: float = 0.01
-    """Learning rate of DEC; XifengGuo/DEC-keras has 0.01."""
     tau_inner: float = 0.95
     """Confidence in [0, 1] from which the inner network's own label overrides the outer network's."""
     unsup_loss: Literal["ce", "sce", "mae", "nce", "gce"] = "sce"
@@ -163,24 +152,23 @@ def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -
     return (F.cross_entropy(logits_ulb_s, pseudo_label, reduction="none") * mask).mean()
 
 
-def soft_assignment(z: Tensor, centroids: Tensor) -> Tensor:
-    """DEC: q_ik = (1 + |z_i - c_k|^2)^-1 / sum_j (1 + |z_i - c_j|^2)^-1, Student's t of one degree of freedom.
+DEC_STEPS, DEC_LR = 200, 3.0  # A6; on digits 100 to 1,000 steps at rates of 2 to 10 give nearly the same T_u
 
-    [n, D], [K, D] -> [n, K]. Source: arXiv:1511.06335."""
+
+def soft_assignment(z: Tensor, centroids: Tensor) -> Tensor:
+    """q_ik = (1 + |z_i - c_k|^2)^-1 / sum_j (1 + |z_i - c_j|^2)^-1, Student's t. [n, D], [K, D] -> [n, K]."""
     kernel = 1 / (1 + torch.cdist(z, centroids).square())
     return kernel / kernel.sum(dim=1, keepdim=True)
 
 
 def target_distribution(q: Tensor) -> Tensor:
-    """DEC: p_ik = (q_ik^2 / f_k) / sum_j (q_ij^2 / f_j) with f_k = sum_i q_ik. [n, K] -> [n, K].
-
-    Sharper than q, and large clusters gain less. Source: arXiv:1511.06335."""
+    """p_ik = (q_ik^2 / f_k) / sum_j (q_ij^2 / f_j) with the clusters' sizes f_k = sum_i q_ik. [n, K] -> [n, K]."""
     p = q.square() / q.sum(dim=0)
     return p / p.sum(dim=1, keepdim=True)
 
 
 def loss_dec(q: Tensor, p: Tensor) -> Tensor:
-    """DEC: KL(P || Q) = 1 / n * sum_i sum_k p_ik log(p_ik / q_ik). [n, K], [n, K] -> scalar."""
+    """KL(P || Q) = 1 / n * sum_i sum_k p_ik log(p_ik / q_ik). [n, K], [n, K] -> scalar."""
     return F.kl_div(q.log(), p, reduction="batchmean")
 
 
@@ -193,38 +181,33 @@ def heuristic_1(pseudo_label: Tensor, mask: Tensor, y_outer: Tensor) -> tuple[Te
 
 
 def sce(logits: Tensor, target: Tensor, alpha: float, beta: float) -> Tensor:
-    """SCE = alpha * CE(e, p) + beta * RCE, RCE = -sum_k p_k log e_k with one-hot e, where log 0 is log 1e-4.
+    """SCE = alpha * CE + beta * RCE, RCE = -sum_k p_k log e_k with one-hot e, where log 0 is log 1e-4.
 
     [n, K], [n] int64 -> [n]. Source: arXiv:1908.06112; clamps p >= 1e-7, e >= 1e-4 of its public ports."""
     probs = logits.softmax(dim=1).clamp(min=1e-7)
-    one_hot = F.one_hot(target, logits.shape[1]).float().clamp(min=1e-4)
-    rce = -(probs * one_hot.log()).sum(dim=1)
-    return alpha * F.cross_entropy(logits, target, reduction="none") + beta * rce
+    log_one_hot = F.one_hot(target, logits.shape[1]).float().clamp(min=1e-4).log()
+    return alpha * F.cross_entropy(logits, target, reduction="none") - beta * (probs * log_one_hot).sum(dim=1)
 
 
 def mae(logits: Tensor, target: Tensor) -> Tensor:
-    """MAE = sum_k |p_k - e_k| = 2 * (1 - p_y). [n, K], [n] int64 -> [n]. Source: arXiv:1712.09482."""
-    return 2 - 2 * logits.softmax(dim=1).gather(1, target[:, None]).squeeze(1)
+    """MAE = sum_k |p_k - e_k| = 2 * (1 - p_y), p_y = exp(-CE). [n, K], [n] -> [n]. Source: arXiv:1712.09482."""
+    return 2 - 2 * (-F.cross_entropy(logits, target, reduction="none")).exp()
 
 
 def nce(logits: Tensor, target: Tensor) -> Tensor:
-    """NCE = log p_y / sum_k log p_k, in [0, 1]. [n, K], [n] int64 -> [n]. Source: arXiv:2006.13554."""
-    log_probs = logits.log_softmax(dim=1)
-    return log_probs.gather(1, target[:, None]).squeeze(1) / log_probs.sum(dim=1)
+    """NCE = CE / sum_k (CE towards class k), in [0, 1]. [n, K], [n] -> [n]. Source: arXiv:2006.13554."""
+    return F.cross_entropy(logits, target, reduction="none") / -logits.log_softmax(dim=1).sum(dim=1)
 
 
 def gce(logits: Tensor, target: Tensor, q: float = 0.7) -> Tensor:
-    """GCE = (1 - p_y^q) / q: CE for q -> 0, half of MAE for q = 1. Source: arXiv:1805.07836, q = 0.7.
-
-    [n, K], [n] int64 -> [n]. By the logarithm, whose gradient stays finite at p_y = 0."""
-    log_p_y = logits.log_softmax(dim=1).gather(1, target[:, None]).squeeze(1)
-    return (1 - (q * log_p_y).exp()) / q
+    """GCE = (1 - p_y^q) / q, p_y = exp(-CE). [n, K], [n] -> [n]. Source: arXiv:1805.07836, its q = 0.7."""
+    return (1 - (-q * F.cross_entropy(logits, target, reduction="none")).exp()) / q
 
 
 def loss_robust(name: str, logits_ulb_s: Tensor, target: Tensor, counts: Tensor, alpha: float, beta: float) -> Tensor:
     """loss_u of stage 3: 1 / B_u * sum_i counts_i * LOSS(logits_ulb_s_i, target_i); alpha, beta are SCE's.
 
-    [B_u, K], [B_u] int64, [B_u] -> scalar."""
+    [B_u, K], [B_u] int64, [B_u] -> scalar. ce: that of stage 1."""
     if name == "ce":
         return loss_consistency(logits_ulb_s, target, counts)
     if name == "sce":
@@ -236,21 +219,16 @@ def loss_robust(name: str, logits_ulb_s: Tensor, target: Tensor, counts: Tensor,
 
 
 def train(
-    stage: int,
-    student: nn.Module,
-    labeled_idx: Tensor,
-    y_lb_all: Tensor,
-    train: Views,
-    test: Views,
-    args: Args,
-    run: Run,
-    y_outer: Tensor | None = None,
-) -> nn.Module:
+    stage: int, student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views, test: Views,
+    args: Args, run: Run, y_outer: Tensor | None = None,
+) -> nn.Module:  # fmt: skip
     """FixMatch of the outer network (stage 1); with y_outer [N], of the inner one (stage 3), -1 = not in T_u.
 
     labeled_idx [num_labels] are positions in `train`, y_lb_all their labels. The unlabeled pool is all of
     `train`, the labeled examples included. train.y beyond the labeled ones is read in the line that logs
     the pseudo-labels' accuracy, and nowhere else. Returns the network to evaluate."""
+    tau, unsup_loss = (args.tau, "ce") if y_outer is None else (args.tau_inner, args.unsup_loss)  # A2
+    y_outer = torch.full_like(train.y, -1) if y_outer is None else y_outer
     optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
     ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
@@ -275,16 +253,10 @@ def train(
         logits = logits.float()  # thresholds and losses in float32
         logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
 
+        pseudo_label, mask = hard_labels(logits_ulb_w.detach().softmax(dim=1), tau)
+        target, counts = heuristic_1(pseudo_label, mask, y_outer[idx_ulb])  # A1; stage 1: (pseudo_label, mask)
         loss_s = F.cross_entropy(logits_lb, y_lb)
-        probs_ulb_w = logits_ulb_w.detach().softmax(dim=1)
-        if y_outer is None:
-            target, mask = hard_labels(probs_ulb_w, args.tau)
-            counts = mask
-            loss_u = loss_consistency(logits_ulb_s, target, counts)
-        else:
-            pseudo_label, mask = hard_labels(probs_ulb_w, args.tau_inner)  # A2
-            target, counts = heuristic_1(pseudo_label, mask, y_outer[idx_ulb])  # A1
-            loss_u = loss_robust(args.unsup_loss, logits_ulb_s, target, counts, args.sce_alpha, args.sce_beta)
+        loss_u = loss_robust(unsup_loss, logits_ulb_s, target, counts, args.sce_alpha, args.sce_beta)
         loss = loss_s + args.lambda_u * loss_u
 
         optimizer.zero_grad()
@@ -294,7 +266,9 @@ def train(
         ema.update_parameters(student)
 
         run.log(
-            stage, step, args.num_steps, args.log_every, LINE,
+            stage, step, args.num_steps, args.log_every,
+            "loss {loss:.3f} = s {loss_s:.3f} + {lambda_u:g}*u {loss_u:.3f} | mask {mask_rate:.2f} "
+            "by outer {outer_rate:.2f} pl_acc {pl_acc_masked:.1f}",
             loss=loss, loss_s=loss_s, lambda_u=args.lambda_u, loss_u=loss_u, mask_rate=counts.mean(),
             outer_rate=(counts - mask).mean(), lr=lr, **pseudo_label_accuracy(target, counts, train.y[idx_ulb]),
         )  # fmt: skip
@@ -306,101 +280,74 @@ def train(
     return ema.module
 
 
-LINE = (
-    "loss {loss:.3f} = s {loss_s:.3f} + {lambda_u:g}*u {loss_u:.3f}"
-    " | mask {mask_rate:.2f} of it outer {outer_rate:.2f} pl_acc {pl_acc_masked:.1f}"
-)
-
-
-@torch.no_grad()
-def probs_and_features(student: nn.Module, views: Views, run: Run, batch: int = 500) -> tuple[Tensor, Tensor]:
-    """Class probabilities [N, K] and features [N, D], float32, of the plain view of every example."""  # A3
-    student.eval()
-    rows = []
-    for idx in torch.arange(len(views)).split(batch):
-        with run.autocast():
-            logits, _, features = student(views.plain(idx))
-        rows.append((logits.float().softmax(dim=1), features.float()))
-    probs, features = zip(*rows, strict=True)
-    return torch.cat(probs), torch.cat(features)
-
-
 def cluster_dec(features: Tensor, label: Tensor, outer: nn.Module, args: Args, run: Run) -> Tensor:
-    """Deep embedded clustering from `label` on: the class number of every row's cluster.
+    """Deep embedded clustering: the class whose cluster each row is in. [n, D], [n] int64 -> [n] int64.
 
-    [n, D], [n] int64 -> [n] int64, classes of `label` only. `outer` is kept in the checkpoints."""
-    present, own = label.unique(return_inverse=True)  # A5
-    centroids = torch.stack([features[label == k].mean(dim=0) for k in present])
-    scale = (features - centroids[own]).square().sum(dim=1).mean().sqrt().clamp(min=1e-6)  # A4
-    features = features / scale
-    projection = torch.eye(features.shape[1], device=features.device)
-    dec = nn.ParameterDict({"projection": projection, "centroids": centroids / scale})
-    optimizer = torch.optim.SGD(dec.parameters(), args.dec_lr, momentum=0.9)
+    `outer` only goes into the checkpoint, since the features are made again from it."""
+    features = features - features.mean(dim=0)
+    features = features / features.square().sum(dim=1).mean().sqrt().clamp(min=1e-6)  # A4
+    present, projection = label.unique(), torch.eye(features.shape[1], device=features.device)
+    centroids = torch.stack([features[label == k].mean(dim=0) for k in present])  # A5
+    dec = nn.ParameterDict({"projection": projection, "centroids": centroids})
+    optimizer = torch.optim.SGD(dec.parameters(), DEC_LR, momentum=0.9)
     first_step, _ = run.restore(2, {"dec": dec, "optimizer": optimizer})
-    for step in range(first_step, args.dec_steps):
+    for step in range(first_step, DEC_STEPS):
         q = soft_assignment(features @ dec["projection"], dec["centroids"])
         loss = loss_dec(q, target_distribution(q.detach()))  # A6
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         agree = (present[q.argmax(dim=1)] == label).float().mean()
-        run.log(2, step, args.dec_steps, args.log_every, "dec {loss:.4f} agree {agree:.3f}", loss=loss, agree=agree)
-        if step + 1 == args.dec_steps or run.save_due():
+        run.log(2, step, DEC_STEPS, args.log_every, "dec {loss:.4f} agree {agree:.3f}", loss=loss, agree=agree)
+        if step + 1 == DEC_STEPS or run.save_due():
             run.save(2, step, {"outer": outer, "dec": dec, "optimizer": optimizer})
-    with torch.no_grad():
-        return present[soft_assignment(features @ dec["projection"], dec["centroids"]).argmax(dim=1)]
+    return present[soft_assignment(features @ dec["projection"], dec["centroids"]).argmax(dim=1)]
 
 
 def cluster_kmeans(features: Tensor, label: Tensor, seed: int) -> Tensor:
-    """k-means with one cluster per class of `label`, matched to classes so that most rows agree.
-
-    [n, D], [n] int64 -> [n] int64. The match is one to one (Hungarian method)."""
+    """k-means with one cluster a class, matched one to one so that most rows agree. As cluster_dec."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
+    from sklearn.metrics import confusion_matrix
 
     present, own = label.unique(return_inverse=True)
-    found = KMeans(len(present), n_init=10, random_state=seed).fit_predict(features.cpu().numpy())
-    cluster = torch.from_numpy(found).long().to(label.device)
-    size = len(present)
-    overlap = (cluster * size + own).bincount(minlength=size**2).view(size, size)  # [cluster, class]
-    _, matched = linear_sum_assignment(overlap.cpu().numpy(), maximize=True)
-    return present[torch.from_numpy(matched).to(label.device)[cluster]]
+    cluster = KMeans(len(present), n_init=10, random_state=seed).fit_predict(features.cpu().numpy())
+    _, matched = linear_sum_assignment(confusion_matrix(cluster, own.cpu().numpy()), maximize=True)  # Hungarian
+    return present[torch.from_numpy(matched[cluster]).to(label.device)]
 
 
-def select_trusted(
-    outer: nn.Module, train: Views, num_classes: int, args: Args, run: Run
-) -> tuple[Tensor, dict[str, Any]]:
-    """T_u: the outer network's labels that pass both filters, y_outer [N] int64 with -1 elsewhere.
+def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tensor:
+    """T_u as y_outer [N] int64: the outer network's labels that pass both filters, -1 elsewhere.
 
-    Also {filter: [examples that are left, percent of their labels right or None]}: printed, never used."""
-    probs, features = probs_and_features(outer, train, run)
-    y_outer, confident = hard_labels(probs, args.tau_select)
+    Monitoring: trusted.json, {set: [its size, percent of its labels that are right or null]}."""
+    outer.eval()
+    rows = []
+    for idx in torch.arange(len(train)).split(500):
+        with torch.no_grad(), run.autocast():
+            logits, _, features = outer(train.plain(idx))
+        rows.append((logits.float().softmax(dim=1), features.float()))
+    probs, features = (torch.cat(column) for column in zip(*rows, strict=True))  # [N, K], [N, D]
+    label, confident = hard_labels(probs, args.tau_select)  # A3
     kept = confident.nonzero().squeeze(1)
-    label = y_outer[kept]
-    per_class = label.bincount(minlength=num_classes)
-    if missing := (per_class == 0).nonzero().squeeze(1).tolist():
-        print(f"T_u: no label of class {missing} has confidence >= {args.tau_select}: nothing of it is trusted")
-    cluster = label
-    if (per_class > 0).sum() < 2:
-        print(f"T_u: {len(kept)} labels have that confidence, of fewer than 2 classes: no second filter")
-    elif args.clustering == "dec":
-        cluster = cluster_dec(features[kept], label, outer, args, run)
-    elif args.clustering == "kmeans":
-        cluster = cluster_kmeans(features[kept], label, args.seed)
-    emptied = (cluster.bincount(minlength=num_classes) == 0) & (per_class > 0)
-    if emptied := emptied.nonzero().squeeze(1).tolist():
-        print(f"T_u: the cluster of class {emptied} is empty: nothing of it is trusted")
+    cluster = label.clone()
+    classes = set(label[kept].tolist())
+    if missing := sorted(set(range(probs.shape[1])) - classes):
+        more = ", and there is no second filter" if len(classes) < 2 else ""
+        print(f"T_u: no label of class {missing} reaches --tau-select {args.tau_select}: none is trusted{more}")
+    if args.clustering == "dec" and len(classes) > 1:
+        cluster[kept] = cluster_dec(features[kept], label[kept], outer, args, run)
+    elif args.clustering == "kmeans" and len(classes) > 1:
+        cluster[kept] = cluster_kmeans(features[kept], label[kept], args.seed)
+    if empty := sorted(classes - set(cluster[kept].tolist())):
+        print(f"T_u: the cluster of class {empty} is empty: none of its labels is trusted")
 
-    report, trusted = {}, kept[cluster == label]
-    everything = torch.arange(len(train), device=kept.device)
-    for name, idx in (("labeled by outer", everything), ("confident", kept), ("in T_u", trusted)):
-        known = idx[train.y[idx] >= 0]
-        acc = 100 * (y_outer[known] == train.y[known]).float().mean().item() if len(known) else None
-        report[name] = [len(idx), acc]
-        print(f"  {name:18} {len(idx):7}   " + ("" if acc is None else f"{acc:.2f} % of the labels right"))
-    y_trusted = torch.full_like(y_outer, -1)
-    y_trusted[trusted] = y_outer[trusted]
-    return y_trusted, report
+    trusted, report = confident * (cluster == label), {}
+    for name, mask in (("all", torch.ones_like(confident)), ("confident", confident), ("trusted", trusted)):
+        acc = pseudo_label_accuracy(label, mask, train.y)["pl_acc_masked"].item()
+        report[name] = [int(mask.sum()), None if math.isnan(acc) else acc]
+        print(f"T_u: {name:9} {report[name][0]:7} labels" + ("" if math.isnan(acc) else f", {acc:.2f} % right"))
+    run.write_json("trusted.json", report)
+    return torch.where(trusted > 0, label, -1)
 
 
 # ---------------------------------------------------------------------------- main
@@ -415,51 +362,36 @@ def main(args: Args) -> dict[str, Any]:
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
 
     device, dtype = setup_device(args.device, args.amp, args.backbone)
-    run = Run(
-        args.runs_dir,
-        f"kd_fixmatch-{args.dataset}-{args.num_labels}-seed{args.seed}",
-        asdict(args),
-        device,
-        dtype,
-    )
+    name = f"kd_fixmatch-{args.dataset}-{args.num_labels}-seed{args.seed}"
+    run = Run(args.runs_dir, name, asdict(args), device, dtype)
     run.describe(data, labeled, vars(args))
     train_views, test = Views(data.train, preset, device), Views(data.test, preset, device)
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
-
-    def new_student(name: str) -> nn.Module:
-        seed_step(args.seed, name, 0)
-        student = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
-        if args.compile:
-            student.compile()
-        return student
-
-    evaluated, trusted = new_student("weights"), None
-    if run.state["stage"] == 2:
-        evaluated.load_state_dict(run.state["outer"])
-    elif run.state["stage"] < 2:
-        evaluated = train(1, evaluated, labeled_idx, y_lb_all, train_views, test, args, run)
+    seed_step(args.seed, "weights", 0)
+    outer = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
+    seed_step(args.seed, "inner weights", 0)  # new: of the outer network only its trusted labels go on
+    inner = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
+    if args.compile:
+        outer.compile()
+        inner.compile()
+    if run.state["stage"] < 2:
+        outer = train(1, outer, labeled_idx, y_lb_all, train_views, test, args, run)
+    elif run.state["stage"] == 2:
+        outer.load_state_dict(run.state["outer"])
+    evaluated, trusted = outer, None
     if not args.outer_only:
-        if run.state["stage"] < 3:
-            y_outer, trusted = select_trusted(evaluated, train_views, len(data.classes), args, run)
-            run.write_json("trusted.json", trusted)
-        else:
-            y_outer, trusted = run.state["y_outer"], json.loads((run.folder / "trusted.json").read_text())
-        inner = new_student("inner weights")  # of the outer network, only its trusted labels go on
+        y_outer = run.state["y_outer"] if run.state["stage"] == 3 else select_trusted(outer, train_views, args, run)
         evaluated = train(3, inner, labeled_idx, y_lb_all, train_views, test, args, run, y_outer)
+        trusted = json.loads((run.folder / "trusted.json").read_text())
 
-    config = student_config(args.dataset, args.backbone, preset, data.classes)
-    save_student(run.folder / "student", evaluated, config)
-    result = {
-        **run.result(stage=1 if args.outer_only else 3),
-        "outer_acc": run.result(stage=1)["test_acc"],
-        "trusted": trusted,
-    }
+    save_student(run.folder / "student", evaluated, student_config(args.dataset, args.backbone, preset, data.classes))
+    result = run.result(stage=1 if args.outer_only else 3)
+    result |= {"outer_acc": run.result(stage=1)["test_acc"], "trusted": trusted}
     run.write_json("result.json", result | {"args": asdict(args)})
     print(f"\n{args.dataset}, {args.num_labels} labels: accuracy on {len(data.test)} test examples, last evaluation")
-    rows = [("outer network (FixMatch)", result["outer_acc"])]
-    rows += [] if args.outer_only else [(f"inner (KD-FixMatch, {args.unsup_loss})", result["test_acc"])]
-    for name, acc in rows:
-        print(f"  {name:30} {acc:.2f} %")
+    print(f"  {'outer network (FixMatch)':34} {result['outer_acc']:.2f} %")
+    if not args.outer_only:
+        print(f"  {f'inner (KD-FixMatch, {args.unsup_loss})':34} {result['test_acc']:.2f} %")
     return result
 
 
