@@ -42,9 +42,11 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.request
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -54,7 +56,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------- presets and errors
@@ -219,6 +220,10 @@ class Split:
             hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=12).digest() for row in self.x
         ]
 
+    def take(self, idx: np.ndarray) -> Split:
+        """The examples at positions idx."""
+        return Split(self.x[idx], self.y[idx])
+
 
 @dataclass
 class TextSplit:
@@ -322,30 +327,38 @@ def load_fashion_mnist(data_dir: str) -> Data:
     return Data("fashion_mnist", FASHION_CLASSES, *parts)
 
 
-def fetch(url: str, path: Path, checksum: str) -> None:
+def fetch(url: str, path: Path, checksum: str | None = None) -> None:
     """Download `url` to `path` unless it is there; a partial or wrong file never gets that name.
 
-    checksum: md5 (32 hexadecimal digits) or sha256 (64).
-    Raises UserError naming the address, the reason and where to put a manual copy."""
-    if path.exists():
-        return
-    from torchvision.datasets.utils import download_url
+    checksum: md5, or sha256 when 64 digits long; also of a file that was there. Raises UserError
+    naming the address, the reason and where to put a manual copy."""
 
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    def is_wrong(file: Path) -> bool:
+        with open(file, "rb") as content:
+            kind = "sha256" if len(checksum or "") == 64 else "md5"
+            return bool(checksum) and hashlib.file_digest(content, kind).hexdigest() != checksum
+
+    if path.exists():
+        if is_wrong(path):
+            raise UserError(f"{path} is damaged or not the file of {url}; delete it and run again")
+        return
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.unlink(missing_ok=True)
-        download_url(url, str(path.parent), part.name)
-        with open(part, "rb") as file:
-            found = hashlib.file_digest(file, "md5" if len(checksum) == 32 else "sha256").hexdigest()
-        if found != checksum:
-            raise OSError(f"its checksum is {found}, expected {checksum}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        request = urllib.request.Request(url, headers={"User-Agent": "zeromatch"})
+        with urllib.request.urlopen(request, timeout=20) as response, open(part, "wb") as file:
+            size = response.length
+            with tqdm.wrapattr(file, "write", total=size, desc=path.name, disable=None) as out:
+                shutil.copyfileobj(response, out, 2**20)
+        if size is not None and part.stat().st_size < size:
+            raise OSError(f"ended after {part.stat().st_size} of {size} bytes")
+        if is_wrong(part):
+            raise OSError("its checksum is not the published one")
         part.rename(path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, HTTPException) as error:
+        raise UserError(f"could not fetch {url} ({error}); put the file at {path} by hand and run again") from None
+    finally:
         part.unlink(missing_ok=True)
-        raise UserError(
-            f"could not fetch {url} ({error}); put the file at {path} by hand and run again"
-        ) from None
 
 
 TEXT_URL = "https://s3.amazonaws.com/fast-ai-nlp/"
@@ -485,18 +498,18 @@ def load_text_file(path: str, test_file: str | None) -> Data:
 
 
 def draw_labeled(y: np.ndarray, num_labels: int, num_classes: int, seed: int) -> np.ndarray:
-    """Indices [num_labels] int64 of the labeled examples: num_labels / K of every class, seeded; 0: all with a label.
+    """Indices [num_labels] int64 of the labeled examples: num_labels / K of every class, seeded.
 
-    Raises UserError when K does not divide num_labels or a class has too few examples."""
+    0 stands for every example whose label is known. Raises UserError when K does not divide
+    num_labels or a class has too few examples."""
     if num_classes < 2:
         raise UserError(f"the labels name {num_classes} classes; expected a few labeled rows of 2 or more")
     if num_labels == 0:
         return np.flatnonzero(y >= 0)
-    if num_labels <= 0 or num_labels % num_classes:
+    if num_labels < 0 or num_labels % num_classes:
         near = [num_classes * k for k in (1, 2, 4)]
         raise UserError(
-            f"--num-labels {num_labels}: expected a positive multiple of {num_classes} (one per class), e.g. {near}, "
-            "or 0 for every labeled row"
+            f"--num-labels {num_labels}: expected a multiple of {num_classes} (classes), e.g. {near}, or 0: all labels"
         )
     each, rng = num_labels // num_classes, np.random.RandomState(seed)
     drawn = []
@@ -915,37 +928,28 @@ class WideResNet(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """An encoder of transformers, dropout 0.1, mean over a row's tokens.  # T1
+    """An encoder of transformers, dropout 0.1, mean over a row's tokens. Weights are random; `load_weights` fills them.
 
-    ids [n, L] int64, -1 = padding -> [n, D]. Layers: 0 embeddings, 1 ... L, and the heads L + 1.
-    Source: ZM semilearn/nets/bert/bert.py."""
+    ids [n, L] int64, -1 = padding -> [n, D]. Source: ZM semilearn/nets/bert/bert.py, but T1."""
 
     batch_statistics = False
 
-    def __init__(self, backbone: str, weights: str | None) -> None:
+    def __init__(self, backbone: str) -> None:
         super().__init__()
-        if weights == "none":
-            from transformers import AutoModel
-
-            self.model = AutoModel.from_config(load_pretrained("AutoConfig", backbone))
-        else:
-            self.model = load_pretrained("AutoModel", backbone, dtype=torch.float32)
-        if self.model.config.is_encoder_decoder:
+        config = load_pretrained("AutoConfig", backbone)
+        if config.is_encoder_decoder:
             raise UserError(f"--backbone {backbone}: has a decoder; expected an encoder such as bert-base-uncased")
-        self.model.pooler = None  # a layer on the first token, which the mean makes idle
-        self.num_features, self.num_layers = self.model.config.hidden_size, self.model.config.num_hidden_layers
-        self.pad = self.model.config.pad_token_id or 0
+        from transformers import AutoModel
 
-    def layer_of(self, name: str) -> int:
-        """Layer of a parameter of this encoder; what stands behind the layers counts as the last."""
-        block = re.search(r"layers?\.(\d+)\.", name)
-        return int(block[1]) + 1 if block else 0 if "embed" in name else self.num_layers
+        self.model, self.num_features = AutoModel.from_config(config, dtype=torch.float32), config.hidden_size
+        self.model.pooler = None  # a layer on the first token, which the mean makes idle
 
     def forward(self, ids: Tensor) -> Tensor:
         mask = ids >= 0
-        hidden = self.model(input_ids=ids.where(mask, self.pad), attention_mask=mask.long()).last_hidden_state
+        tokens = ids.where(mask, self.model.config.pad_token_id or 0)
+        hidden = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         hidden = F.dropout(hidden.float(), 0.1, self.training)  # mean in float32
-        return (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)  # T1
 
 
 class Student(nn.Module):
@@ -974,14 +978,10 @@ class Student(nn.Module):
         return self.head(features), None if self.kd_head is None else self.kd_head(features), features
 
 
-def build_student(
-    backbone: str, channels: int, size: int, num_classes: int, weights: str | None = None
-) -> Student:
-    """A student for images of `channels` x `size` x `size`, or for texts (0 channels); the caller seeds torch first.
-
-    weights "none": a random start where the backbone is pre-trained otherwise."""
+def build_student(backbone: str, channels: int, size: int, num_classes: int) -> Student:
+    """A student for images of `channels` x `size` x `size`, or for texts (0 channels); the caller seeds torch first."""
     if channels == 0:
-        return Student(TextEncoder(backbone, weights), num_classes)
+        return Student(TextEncoder(backbone), num_classes)
     if backbone == "cnn":
         return Student(SmallCNN(channels, size), num_classes)
     if backbone == "wrn_28_2":
@@ -989,23 +989,34 @@ def build_student(
     raise UserError(f"--backbone {backbone}: expected cnn or wrn_28_2")
 
 
-def param_groups(
-    student: nn.Module, lr: float, weight_decay: float, layer_decay: float
-) -> list[dict[str, Any]]:
-    """Optimizer groups: no decay for 1-D tensors (biases, norms), as ZM semilearn/nets/utils.py.
+def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None:
+    """Fill a text encoder with pre-trained weights: the backbone's (None), those of a folder, or "none"."""
+    if isinstance(encoder, TextEncoder) and weights != "none":
+        model = load_pretrained("AutoModel", weights or backbone, dtype=torch.float32)
+        model.pooler = None
+        encoder.model.load_state_dict(model.state_dict())
 
-    Every group carries `lr_scale`, which the learning rate of a step is multiplied with: layer_decay to
-    the number of layers above; 1 for the heads, and throughout where an encoder has no layer_of."""
-    encoder, groups = student.encoder, {}
+
+def param_groups(student: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: no decay for 1-D tensors (biases, norms), positions and class token, as ZM
+    semilearn/nets/utils.py.
+
+    Every group carries `lr_scale`, which the learning rate of a step is multiplied with: 1 for the
+    heads, times layer_decay from each block to the one below it; what stands before the first block
+    is one more layer, and what follows the last one belongs to it."""
+    layer, layers = 0, {}  # of the encoder's parameters, in their order
+    for name, _ in student.named_parameters():
+        block = re.search(r"(?:^|\.)(?:layers?|blocks|stages|features)\.(\d+)\.", name)
+        layer = int(block[1]) + 1 if block else layer
+        layers[name] = layer
+    top = max(layers.values()) + 1
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, p in student.named_parameters():
-        above = 0
-        if name.startswith("encoder.") and hasattr(encoder, "layer_of"):
-            above = encoder.num_layers + 1 - encoder.layer_of(name.removeprefix("encoder."))
-        groups.setdefault((above, weight_decay if p.ndim > 1 else 0.0), []).append(p)
-    return [
-        {"params": params, "weight_decay": decay, "lr": lr, "lr_scale": layer_decay**above}
-        for (above, decay), params in groups.items()
-    ]
+        scale = layer_decay ** (top - layers[name]) if name.startswith("encoder.") else 1.0
+        decay = 0.0 if p.ndim <= 1 or name.endswith(("cls_token", "position_embeddings")) else weight_decay
+        group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr": lr, "lr_scale": scale})
+        group["params"].append(p)
+    return list(groups.values())
 
 
 def build_optimizer(
@@ -1131,8 +1142,7 @@ class Run:
         steps, batch, uratio = args["num_steps"], args["batch_size"], args["uratio"]
         settings = "  ".join(f"{name} {value}" for name, value in args.items() if value is not None)
         print(f"torch {torch.__version__} on {self.device}, autocast {self.dtype or 'off'}, run folder {self.folder}")
-        tests, classes = len(data.test or ()), len(data.classes)
-        print(f"{labels} labeled, {n} unlabeled (labeled included), {tests} test, {classes} classes")
+        print(f"{labels} labeled, {n} unlabeled (labeled included), {len(data.test)} test, {len(data.classes)} classes")
         print(f"plan: {steps} steps x ({batch} labeled + {uratio * batch} unlabeled): ", end="")
         print(f"{steps * batch / labels:.0f} passes over the labels, {steps * uratio * batch / n:.1f} over the pool")
         print(settings)
@@ -1299,11 +1309,10 @@ def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
     """(student in eval mode, config) of a folder written by `save_student`."""
     from safetensors.torch import load_file
 
-    config = json.loads((Path(folder) / "config.json").read_text())
-    if not config["mean"]:
-        config["backbone"] = str(Path(folder) / "encoder")
-    channels, num_classes = len(config["mean"]), len(config["classes"])
-    student = build_student(config["backbone"], channels, config["size"], num_classes, weights="none")
+    config, encoder = json.loads((Path(folder) / "config.json").read_text()), Path(folder) / "encoder"
+    if encoder.exists():
+        config["backbone"] = str(encoder)
+    student = build_student(config["backbone"], len(config["mean"]), config["size"], len(config["classes"]))
     student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     return student.eval(), config
 
