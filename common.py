@@ -13,11 +13,19 @@ Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
   C4  Gray images stay gray: Color leaves them as they are, and Cutout's fill is the fill's luminance.
   C5  WRN-28-2: every block's first batch-norm feeds its first convolution. In ZM's copy the one at
       the head of groups 2 and 3 feeds nothing and gets no gradient.
+  T1  Text features are the mean over a row's own tokens. ZM's mean runs over the padding too, so that
+      a prediction depends on the longest row of its batch.
+  T2  A text is title and body with a space between, escaped newlines decoded. ZM joins them without
+      one, keeps the escapes and drops Yahoo's last character; Yahoo's best answer is dropped by both.
+  T3  The draw of train, dev and test rows is seeded, and no text of the test part is drawn for the
+      others. ZM's draw is unseeded; its training texts are the last 1,024 characters, as ours are.
+  T4  Strong view of texts that have no back-translations: deletion, masking and swaps of tokens.
 """
 
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import gzip
 import hashlib
@@ -26,23 +34,29 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import urllib.request
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------- presets and errors
 
@@ -52,13 +66,13 @@ class UserError(ValueError):
 
 
 class Preset(NamedTuple):
-    """One data set: how its images are stored and seen, and the recipe that trains on it."""
+    """One data set: how its images or texts are stored and seen, and the recipe that trains on it."""
 
     backbone: str
-    size: int  # side of the stored and seen image, pixels
+    size: int  # side of the stored and seen image, pixels; texts: longest row in tokens, cut on the right
     pad: int  # weak view: reflected border before the random crop, pixels; 0.125 * size as published
     flip: bool  # weak view: mirror half of the images
-    mean: tuple[float, ...]  # of each channel, of values in [0, 1]
+    mean: tuple[float, ...]  # of each channel, of values in [0, 1]; empty: texts
     std: tuple[float, ...]
     optimizer: str  # "sgd" (Nesterov momentum 0.9) or "adamw"
     lr: float
@@ -82,15 +96,25 @@ PRESETS = {
         "cnn", 8, 1, False, (0.305,), (0.376,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 800, 400, 40, 0.99, 0.99, 40),
     "fashion_mnist": Preset(
         "cnn", 28, 3, True, (0.286,), (0.353,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 1400, 600, 60, 0.99, 0.99, 70),
+    "ag_news": Preset(  # texts: ZM config/usb_nlp_paper
+        "bert-base-uncased", 512, 0, False, (), (), "adamw", 5e-5, 1e-4, 0.65, 4, 1, 102_400, 102_400, 5120, 0, 0.999,
+        2048),
 }
+PRESETS["yahoo_answers"] = PRESETS["ag_news"]._replace(lr=1e-4)
+PRESETS["amazon_review"] = PRESETS["ag_news"]._replace(lr=1e-5, layer_decay=0.75)
+PRESETS["text"] = PRESETS["ag_news"]._replace(  # files of your own
+    batch_size=8, uratio=2, num_steps=2000, num_steps_stage1=1000, warmup_steps=100, marginal_decay=0.99,
+    eval_every=100)
 # fmt: on
 
 
 def preset_of(dataset: str) -> Preset:
-    """The row of PRESETS for a data set. Raises UserError for a name that is not there."""
-    if dataset not in PRESETS:
-        raise UserError(f"--dataset {dataset}: expected one of {', '.join(PRESETS)}")
-    return PRESETS[dataset]
+    """The row of PRESETS for a data set or file of texts. Raises UserError for a name that is not there."""
+    name = "text" if dataset.endswith((".csv", ".jsonl")) else dataset
+    if name not in PRESETS or dataset == "text":
+        names = ", ".join(name for name in PRESETS if name != "text")
+        raise UserError(f"--dataset {dataset}: expected one of {names}, or a file of texts ending in .csv or .jsonl")
+    return PRESETS[name]
 
 
 def fill_from_preset(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
@@ -196,6 +220,35 @@ class Split:
             hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=12).digest() for row in self.x
         ]
 
+    def take(self, idx: np.ndarray) -> Split:
+        """The examples at positions idx."""
+        return Split(self.x[idx], self.y[idx])
+
+
+@dataclass
+class TextSplit:
+    """Examples of one part: texts; aug, two lists of back-translations or None; y int64 [N], -1 = unknown."""
+
+    texts: list[str]
+    aug: list[list[str]] | None
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def hashes(self) -> list[bytes]:
+        """One content hash an example; equal texts have equal hashes."""
+        return [text_hash(text) for text in self.texts]
+
+    def take(self, idx: np.ndarray) -> TextSplit:
+        """The examples at positions idx."""
+        aug = self.aug and [[column[i] for i in idx] for column in self.aug]
+        return TextSplit([self.texts[i] for i in idx], aug, self.y[idx])
+
+
+def text_hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=12).digest()
+
 
 @dataclass
 class Data:
@@ -204,21 +257,26 @@ class Data:
 
     name: str
     classes: list[str]
-    train: Split
-    test: Split | None
+    train: Split | TextSplit
+    test: Split | TextSplit | None
 
-    def part(self, split: str) -> Split:
+    def part(self, split: str) -> Split | TextSplit:
         part = self.train if split == "train" else self.test
         if part is None:
             raise UserError(f"{self.name} has no {split} part")
         return part
 
 
-def load_data(dataset: str, data_dir: str) -> Data:
-    """Load a data set by name, fetching it into `data_dir` where it is not found on this machine.
+def load_data(dataset: str, data_dir: str, test_file: str | None = None) -> Data:
+    """Load a data set by name, fetching it into `data_dir` where it is not found on this machine, or a file of texts.
 
     Raises UserError with the address and the place for a manual copy when it cannot be fetched."""
-    preset_of(dataset)
+    if preset_of(dataset) is PRESETS["text"]:
+        return load_text_file(dataset, test_file)
+    if test_file:
+        raise UserError(f"--test-file {test_file}: {dataset} has a test part of its own; leave the flag out")
+    if dataset in TEXT_SETS:
+        return load_text_set(dataset, data_dir)
     return {"digits": load_digits, "fashion_mnist": load_fashion_mnist}[dataset](data_dir)
 
 
@@ -270,35 +328,189 @@ def load_fashion_mnist(data_dir: str) -> Data:
     return Data("fashion_mnist", FASHION_CLASSES, *parts)
 
 
-def fetch(url: str, path: Path, md5: str) -> None:
+def fetch(url: str, path: Path, checksum: str | None = None) -> None:
     """Download `url` to `path` unless it is there; a partial or wrong file never gets that name.
 
-    Raises UserError naming the address, the reason and where to put a manual copy."""
-    if path.exists():
-        return
-    from torchvision.datasets.utils import download_url
+    checksum: md5, or sha256 when 64 digits long; also of a file that was there. Raises UserError
+    naming the address, the reason and where to put a manual copy."""
 
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    def is_wrong(file: Path) -> bool:
+        with open(file, "rb") as content:
+            kind = "sha256" if len(checksum or "") == 64 else "md5"
+            return bool(checksum) and hashlib.file_digest(content, kind).hexdigest() != checksum
+
+    if path.exists():
+        if is_wrong(path):
+            raise UserError(f"{path} is damaged or not the file of {url}; delete it and run again")
+        return
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.unlink(missing_ok=True)
-        download_url(url, str(path.parent), part.name, md5)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        request = urllib.request.Request(url, headers={"User-Agent": "zeromatch"})
+        with urllib.request.urlopen(request, timeout=20) as response, open(part, "wb") as file:
+            size = response.length
+            with tqdm.wrapattr(file, "write", total=size, desc=path.name, disable=None) as out:
+                shutil.copyfileobj(response, out, 2**20)
+        if size is not None and part.stat().st_size < size:
+            raise OSError(f"ended after {part.stat().st_size} of {size} bytes")
+        if is_wrong(part):
+            raise OSError("its checksum is not the published one")
         part.rename(path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, HTTPException) as error:
+        raise UserError(f"could not fetch {url} ({error}); put the file at {path} by hand and run again") from None
+    finally:
         part.unlink(missing_ok=True)
-        raise UserError(
-            f"could not fetch {url} ({error}); put the file at {path} by hand and run again"
-        ) from None
+
+
+TEXT_URL = "https://s3.amazonaws.com/fast-ai-nlp/"
+TEXT_SETS = {  # archive, its sha256, classes, rows a class of train, dev and test, how its CSV writes a newline
+    "ag_news": (
+        "ag_news_csv.tgz", "9a8c300eabb45750237fcc669f61cb8a3448f3ef6f6098e1ce340e444f6872be",
+        "world, sports, business, technology", (25000, 2500, 1900), "\\",
+    ),
+    "yahoo_answers": (
+        "yahoo_answers_csv.tgz", "2d4277855faf8b35259009425fa8f7fe1888b5644b47165508942d000f4c96ae",
+        "society, science, health, education, computer, sports, business, entertainment, relationship, politics",
+        (50000, 5000, 6000), "\\n",
+    ),
+    "amazon_review": (
+        "amazon_review_full_csv.tgz", "4af62eeee139d0142e0747340b68646d23483d9475c33ea0641ee9175b423443",
+        "very negative, negative, neutral, positive, very positive", (50000, 5000, 13000), "\\n",
+    ),
+}  # fmt: skip
+
+
+def load_text_set(name: str, data_dir: str) -> Data:
+    """A published set of texts from train.json and test.json in data_dir/name, {id: {ori, label, aug_0, aug_1}}.
+
+    USB's files are taken where the user has put them there; otherwise they are made from the archive,
+    once, without back-translations. Test texts that also stand in the training part are left out."""
+    archive, sha256, classes, sizes, newline = TEXT_SETS[name]
+    folder, classes = Path(data_dir) / name, classes.split(", ")
+    if not all((folder / f"{part}.json").exists() for part in ("train", "test")):
+        fetch(TEXT_URL + archive, folder / archive, sha256)
+        split_archive(folder / archive, len(classes), sizes, newline)
+    numbers = [str(label) for label in range(len(classes))]
+    train, test = (read_texts(folder / f"{part}.json", numbers)[0] for part in ("train", "test"))
+    pool = set(train.hashes())
+    unseen = np.flatnonzero([text not in pool for text in test.hashes()])
+    if len(unseen) < len(test):
+        print(f"{name}: {len(test) - len(unseen)} test texts that also stand in the training part are left out")
+    return Data(name, classes, train, test.take(unseen))
+
+
+def split_archive(archive: Path, num_classes: int, sizes: tuple[int, int, int], newline: str) -> None:
+    """Write test.json, train.json and dev.json beside the archive: a fixed draw of `sizes` rows a class.  # T3
+
+    dev is kept out of the pool and never read here. Each CSV is read twice: only drawn rows are held."""
+    rng, in_test = np.random.RandomState(0), set()
+    for member, parts in (("test", {"test": sizes[2]}), ("train", {"train": sizes[0], "dev": sizes[1]})):
+        rows = archive_rows(archive, member, newline)
+        y = np.array([-1 if text_hash(text) in in_test else label for label, text in rows])
+        orders, start, part_of = [rng.permutation(np.flatnonzero(y == k)) for k in range(num_classes)], 0, {}
+        for part, size in parts.items():
+            part_of |= dict.fromkeys(np.concatenate([o[start : start + size] for o in orders]).tolist(), part)
+            start += size
+        drawn: dict[str, dict[int, Any]] = {part: {} for part in parts}
+        for row, (label, text) in enumerate(archive_rows(archive, member, newline)):
+            if row in part_of:
+                drawn[part_of[row]][row] = {"ori": text[-1024:] if member == "train" else text, "label": label}
+        in_test |= {text_hash(row["ori"]) for row in drawn.get("test", {}).values()}
+        for part, content in drawn.items():
+            write_atomically(archive.with_name(f"{part}.json"), json.dumps(content).encode())
+
+
+def archive_rows(archive: Path, member: str, newline: str) -> Iterator[tuple[int, str]]:
+    """(label from 0, text) of every row of one CSV in an archive; text is title and body.  # T2"""
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with tarfile.open(archive) as tar:
+            name = next(name for name in tar.getnames() if name.endswith(f"/{member}.csv"))
+            file = io.TextIOWrapper(tar.extractfile(name), "utf-8", newline="")
+            for row in tqdm(csv.reader(file), f"reading {name}", disable=None):
+                yield int(row[0]) - 1, clean(" ".join(row[1:3]).replace(newline, "\n"))
+    except (OSError, EOFError, LookupError, ValueError, StopIteration, tarfile.TarError, csv.Error) as error:
+        raise UserError(f"{archive}: damaged or of another layout ({error!r}); delete it and run again") from None
+
+
+def clean(value: Any) -> str:
+    """A field as text without outer blanks, "" for None; half surrogate pairs, which no UTF-8 has, become "?"."""
+    return "" if value is None else str(value).encode("utf-8", "replace").decode().strip()
+
+
+def read_texts(path: Path, classes: list[str] | None = None) -> tuple[TextSplit, list[str]]:
+    """(texts, class names) of CSV with a header or JSON Lines (text, label), or of USB's JSON ({id: {ori, label}}).
+
+    aug_0 and aug_1 are back-translations, where they stand; an empty label is an unknown one; rows
+    without text are left out. Classes are the labels in sorted order, numbers by value.
+    Raises UserError for another layout and for a label that is not in given `classes`."""
+    csv.field_size_limit(2**31 - 1)
+    rows: list[dict[str, Any]] = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".json":
+                found = json.load(file).values()
+            elif path.suffix == ".jsonl":
+                found = (json.loads(line) for line in file if line.strip())
+            else:
+                found = csv.DictReader(file, strict=True)
+            for row in found:
+                if not isinstance(row, dict) or not {"text", "ori"} & set(row) or None in row:
+                    raise ValueError("expected fields text and label, in CSV with quotes around a text that has commas")
+                rows.append({key: clean(value) for key, value in row.items()})
+    except (OSError, ValueError, AttributeError, csv.Error) as error:
+        raise UserError(f"{path}: could not be read at row {len(rows) + 1}: {error}") from None
+    kept = [row for row in rows if row.get("text") or row.get("ori")]
+    if len(kept) < len(rows):
+        print(f"{path}: {len(rows) - len(kept)} rows without text are left out")
+    texts, labels = [row.get("text") or row["ori"] for row in kept], [row.get("label", "") for row in kept]
+    names = sorted(set(labels) - {""}, key=lambda c: (0, int(c), c) if c.isdecimal() else (1, 0, c))
+    if classes is not None and (not kept or set(labels) - set(classes)):
+        raise UserError(f"{path}: has labels {sorted(set(labels))}, expected only those of the classes: {classes}")
+    number = {name: label for label, name in enumerate(classes or names)} | {"": -1}
+    keys = [key for key in ("aug_0", "aug_1") if any(row.get(key) for row in kept)]
+    aug = [[row.get(key) or text for row, text in zip(kept, texts, strict=True)] for key in keys]
+    return TextSplit(texts, aug or None, np.array([number[label] for label in labels], np.int64)), classes or names
+
+
+def load_text_file(path: str, test_file: str | None) -> Data:
+    """Texts of the user's own (`read_texts`).
+
+    Without a test file a fifth of the labeled rows of every class is held out, if every class has
+    ten (of texts that occur once); the draw is fixed. Raises UserError when a test text is in the pool."""
+    (train, classes), test = read_texts(Path(path)), None
+    if test_file:
+        test, _ = read_texts(Path(test_file), classes)
+        pool = set(train.hashes())
+        inside = [row for row, text in enumerate(test.hashes(), 1) if text in pool]
+        if inside:
+            raise UserError(
+                f"{test_file}: {len(inside)} of its {len(test)} texts also stand in {path} (first: row {inside[0]}), "
+                "and no test text may be in the unlabeled pool; delete them from one of the two files"
+            )
+    else:
+        _, at, times = np.unique(np.array(train.hashes(), "S12"), return_inverse=True, return_counts=True)
+        once = [np.flatnonzero((train.y == label) & (times[at] == 1)) for label in range(len(classes))]
+        if min(map(len, once), default=0) >= 10:
+            rng = np.random.RandomState(0)
+            held = np.concatenate([rng.permutation(rows)[: len(rows) // 5] for rows in once])
+            train, test = train.take(np.setdiff1d(np.arange(len(train)), held)), train.take(np.sort(held))
+    return Data(Path(path).stem, classes, train, test)
 
 
 def draw_labeled(y: np.ndarray, num_labels: int, num_classes: int, seed: int) -> np.ndarray:
     """Indices [num_labels] int64 of the labeled examples: num_labels / K of every class, seeded.
 
-    Raises UserError when K does not divide num_labels or a class has too few examples."""
-    if num_labels <= 0 or num_labels % num_classes:
+    0 stands for every example whose label is known. Raises UserError when K does not divide
+    num_labels or a class has too few examples."""
+    if num_classes < 2:
+        raise UserError(f"the labels name {num_classes} classes; expected a few labeled rows of 2 or more")
+    if num_labels == 0:
+        return np.flatnonzero(y >= 0)
+    if num_labels < 0 or num_labels % num_classes:
         near = [num_classes * k for k in (1, 2, 4)]
         raise UserError(
-            f"--num-labels {num_labels}: expected a positive multiple of {num_classes} (one per class), e.g. {near}"
+            f"--num-labels {num_labels}: expected a multiple of {num_classes} (classes), e.g. {near}, or 0: all labels"
         )
     each, rng = num_labels // num_classes, np.random.RandomState(seed)
     drawn = []
@@ -521,6 +733,130 @@ class Views:
         return self.normalize(self.pixels(idx))
 
 
+# ---------------------------------------------------------------------------- views of texts
+# A batch of texts is token numbers [n, L] int64, -1 behind a row's end. Views work as those of images.
+
+
+def load_pretrained(kind: str, backbone: str, **options: Any) -> Any:
+    """transformers' `kind`.from_pretrained(backbone). Raises UserError when there is nothing to load."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # weights of a pre-training head that is not used here
+    try:
+        return getattr(transformers, kind).from_pretrained(backbone, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"--backbone {backbone}: {kind} of transformers could not load it ({str(error).splitlines()[0]}); expected "
+            "an id on the hub or a folder with config.json, tokenizer and weights (none needed with --weights none)"
+        ) from None
+
+
+def tokenize(texts: list[str], tokenizer: Any, max_length: int, cache: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens of all texts end to end, int32; offsets int64 [N + 1]), rows cut to max_length on the right.
+
+    Kept as cache/tokens/<hash of tokenizer and texts>.npy: number of rows, their lengths, the tokens."""
+    tokenizer.truncation_side = "right"
+    key = hashlib.blake2b(f"{max_length}/{tokenizer.backend_tokenizer.to_str()}".encode(), digest_size=12)
+    for text in texts:
+        key.update(text_hash(text))
+    path = Path(cache or "") / "tokens" / f"{key.hexdigest()}.npy"
+    if cache and path.exists():
+        stored = np.load(path, mmap_mode="r")
+    else:
+        lengths, tokens = [], []
+        for first in tqdm(range(0, len(texts), 1000), "tokenizing", disable=None):
+            rows = tokenizer(texts[first : first + 1000], truncation=True, max_length=max_length)["input_ids"]
+            lengths += [len(row) for row in rows]
+            tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
+        stored = np.concatenate([np.array([len(texts), *lengths], np.int32), *tokens])
+        if cache:
+            buffer = io.BytesIO()
+            np.save(buffer, stored)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, buffer.getbuffer())
+    n = int(stored[0])
+    return stored[1 + n :], np.concatenate([[0], stored[1 : 1 + n].cumsum(dtype=np.int64)])
+
+
+TOKEN_DELETE, TOKEN_MASK, TOKEN_SWAP = 0.1, 0.1, 0.1  # rates of T4
+
+
+def token_augment(ids: Tensor, u: Tensor, special: Tensor, mask_id: int | None) -> Tensor:
+    """Delete, mask or swap with the right neighbor single tokens, never a special one.  # T4
+
+    u [n, L, 2] in [0, 1): (delete or mask, swap). The ordinary token with the largest first number is
+    never deleted or masked, so that no text is emptied. [n, L] -> [n, L]."""
+    length = ids.shape[1]
+    ordinary = (ids >= 0) & ~torch.isin(ids, special)
+    u_edit = torch.where(ordinary, u[..., 0], -1)
+    free = ordinary & (u_edit < u_edit.amax(dim=1, keepdim=True))
+    deleted = free & (u_edit < TOKEN_DELETE)
+    if mask_id is not None:
+        ids = ids.masked_fill(free & ~deleted & (u_edit < TOKEN_DELETE + TOKEN_MASK), mask_id)
+    next_ordinary = F.pad(ordinary[:, 1:], (0, 1), value=False)
+    place = torch.arange(length, device=ids.device) + 1.5 * (ordinary & next_ordinary & (u[..., 1] < TOKEN_SWAP))
+    order = (place + length * 2 * deleted).argsort(dim=1, stable=True)
+    return ids.masked_fill(deleted, -1).gather(1, order)
+
+
+class TextViews:
+    """What the network sees of a split of texts: rows padded to the batch's longest, in steps of 8."""
+
+    def __init__(
+        self, split: TextSplit, preset: Preset, backbone: str, device: torch.device, cache: str | None
+    ) -> None:
+        tokenizer = load_pretrained("AutoTokenizer", backbone)
+        if not tokenizer.is_fast:
+            raise UserError(f"--backbone {backbone}: has no fast tokenizer; take an encoder that has one")
+        self.device, self.num_aug = device, len(split.aug or [])
+        self.max_length = min(preset.size, tokenizer.model_max_length)
+        texts = list(chain(split.texts, *(split.aug or [])))
+        self.tokens, self.offsets = tokenize(texts, tokenizer, self.max_length, cache)
+        self.special, self.mask_id = torch.tensor(tokenizer.all_special_ids, device=device), tokenizer.mask_token_id
+        self.y = torch.from_numpy(split.y).to(device)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def by_length(self) -> Tensor:
+        """Positions [N] of all examples, short rows first: batches of them hold little padding."""
+        return torch.from_numpy(np.diff(self.offsets[: len(self) + 1])).argsort(stable=True)
+
+    def plain(self, idx: Tensor) -> Tensor:
+        first, end = self.offsets[idx.numpy(), None], self.offsets[idx.numpy() + 1, None]
+        longest = min(-(-int((end - first).max()) // 8) * 8, self.max_length)
+        at = first + np.arange(longest)
+        ids = np.where(at < end, self.tokens[np.minimum(at, len(self.tokens) - 1)], -1)
+        return torch.from_numpy(ids.astype(np.int64)).to(self.device)
+
+    weak = plain  # the text itself
+
+    def strong(self, idx: Tensor) -> Tensor:
+        """One of the back-translations, each with equal chance; T4 where there are none."""
+        if self.num_aug:
+            chosen = (torch.rand(len(idx)) * self.num_aug).long()
+            return self.plain(idx + (1 + chosen) * len(self))
+        ids = self.plain(idx)
+        return token_augment(ids, torch.rand(*ids.shape, 2).to(self.device), self.special, self.mask_id)
+
+
+def make_views(
+    split: Split | TextSplit, preset: Preset, backbone: str, device: torch.device, cache: str | None = None
+) -> Views | TextViews:
+    """Views of images or of texts, as the split is; tokens are kept in the folder `cache`."""
+    if isinstance(split, TextSplit):
+        return TextViews(split, preset, backbone, device, cache)
+    return Views(split, preset, device)
+
+
+def join(views: list[Tensor]) -> Tensor:
+    """One batch of several; token rows are first filled up with -1 to the longest."""
+    if views[0].ndim == 2:
+        longest = max(ids.shape[1] for ids in views)
+        views = [F.pad(ids, (0, longest - ids.shape[1]), value=-1) for ids in views]
+    return torch.cat(views)
+
+
 # ---------------------------------------------------------------------------- backbones
 
 
@@ -592,6 +928,31 @@ class WideResNet(nn.Module):
         return F.leaky_relu(self.bn(self.blocks(self.conv1(x))), 0.1).mean(dim=(2, 3))
 
 
+class TextEncoder(nn.Module):
+    """An encoder of transformers, dropout 0.1, mean over a row's tokens. Weights are random; `load_weights` fills them.
+
+    ids [n, L] int64, -1 = padding -> [n, D]. Source: ZM semilearn/nets/bert/bert.py, but T1."""
+
+    batch_statistics = False
+
+    def __init__(self, backbone: str) -> None:
+        super().__init__()
+        config = load_pretrained("AutoConfig", backbone)
+        if config.is_encoder_decoder:
+            raise UserError(f"--backbone {backbone}: has a decoder; expected an encoder such as bert-base-uncased")
+        from transformers import AutoModel
+
+        self.model, self.num_features = AutoModel.from_config(config, dtype=torch.float32), config.hidden_size
+        self.model.pooler = None  # a layer on the first token, which the mean makes idle
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = ids >= 0
+        tokens = ids.where(mask, self.model.config.pad_token_id or 0)
+        hidden = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        hidden = F.dropout(hidden.float(), 0.1, self.training)  # mean in float32
+        return (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)  # T1
+
+
 class Student(nn.Module):
     """Encoder + main head + (after `add_kd_head`) auxiliary distillation head.
 
@@ -600,8 +961,11 @@ class Student(nn.Module):
 
     def __init__(self, encoder: nn.Module, num_classes: int, num_extra: int = 0) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.num_classes = encoder, num_classes
         self.head = nn.Linear(encoder.num_features + num_extra, num_classes)
+        if isinstance(encoder, TextEncoder):
+            hidden = nn.Linear(encoder.num_features + num_extra, encoder.num_features + num_extra)
+            self.head = nn.Sequential(hidden, nn.GELU(), self.head)
         self.kd_head: nn.Module | None = None
 
     def add_kd_head(self) -> None:
@@ -619,7 +983,9 @@ class Student(nn.Module):
 
 
 def build_student(backbone: str, channels: int, size: int, num_classes: int, num_extra: int = 0) -> Student:
-    """A student for images of `channels` x `size` x `size`; the caller seeds torch first."""
+    """A student for images of `channels` x `size` x `size`, or for texts (0 channels); the caller seeds torch first."""
+    if channels == 0:
+        return Student(TextEncoder(backbone), num_classes, num_extra)
     if backbone == "cnn":
         return Student(SmallCNN(channels, size), num_classes, num_extra)
     if backbone == "wrn_28_2":
@@ -627,18 +993,34 @@ def build_student(backbone: str, channels: int, size: int, num_classes: int, num
     raise UserError(f"--backbone {backbone}: expected cnn or wrn_28_2")
 
 
-def param_groups(
-    student: nn.Module, lr: float, weight_decay: float, layer_decay: float
-) -> list[dict[str, Any]]:
-    """Optimizer groups: no decay for 1-D tensors (biases, norms), as ZM semilearn/nets/utils.py.
+def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None:
+    """Fill a text encoder with pre-trained weights: the backbone's (None), those of a folder, or "none"."""
+    if isinstance(encoder, TextEncoder) and weights != "none":
+        model = load_pretrained("AutoModel", weights or backbone, dtype=torch.float32)
+        model.pooler = None
+        encoder.model.load_state_dict(model.state_dict())
 
-    Every group carries `lr_scale`, which the learning rate of a step is multiplied with."""
-    decay = [p for p in student.parameters() if p.ndim > 1]
-    no_decay = [p for p in student.parameters() if p.ndim <= 1]
-    return [
-        {"params": decay, "weight_decay": weight_decay, "lr": lr, "lr_scale": 1.0},
-        {"params": no_decay, "weight_decay": 0.0, "lr": lr, "lr_scale": 1.0},
-    ]
+
+def param_groups(student: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: no decay for 1-D tensors (biases, norms), positions and class token, as ZM
+    semilearn/nets/utils.py.
+
+    Every group carries `lr_scale`, which the learning rate of a step is multiplied with: 1 for the
+    heads, times layer_decay from each block to the one below it; what stands before the first block
+    is one more layer, and what follows the last one belongs to it."""
+    layer, layers = 0, {}  # of the encoder's parameters, in their order
+    for name, _ in student.named_parameters():
+        block = re.search(r"(?:^|\.)(?:layers?|blocks|stages|features)\.(\d+)\.", name)
+        layer = int(block[1]) + 1 if block else layer
+        layers[name] = layer
+    top = max(layers.values()) + 1
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, p in student.named_parameters():
+        scale = layer_decay ** (top - layers[name]) if name.startswith("encoder.") else 1.0
+        decay = 0.0 if p.ndim <= 1 or name.endswith(("cls_token", "position_embeddings")) else weight_decay
+        group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr": lr, "lr_scale": scale})
+        group["params"].append(p)
+    return list(groups.values())
 
 
 def build_optimizer(
@@ -677,16 +1059,19 @@ def averaged_copy(student: nn.Module, decay: float) -> AveragedModel | Unaverage
 
 @torch.no_grad()
 def predict(
-    student: nn.Module, views: Views, autocast: Any = nullcontext, extra: Tensor | None = None, batch: int = 500
-) -> Tensor:
+    student: nn.Module, views: Views | TextViews, autocast: Any = nullcontext,
+    extra: Tensor | None = None, batch: int = 500,
+) -> Tensor:  # fmt: skip
     """Class probabilities [N, K] float32 of the main head on the plain view of every example, on the CPU."""
     student.eval()
-    probs = []
-    for idx in torch.arange(len(views)).split(batch):
+    order, probs = torch.arange(len(views)), []
+    if isinstance(views, TextViews):
+        order, batch = views.by_length(), min(batch, 64)
+    for idx in order.split(batch):
         with autocast():
             logits, _, _ = student(views.plain(idx), None if extra is None else extra[idx])
         probs.append(logits.float().softmax(dim=1).cpu())
-    return torch.cat(probs)
+    return torch.cat(probs)[order.argsort()]
 
 
 def accuracy(probs: Tensor, y: Tensor) -> float:
@@ -916,10 +1301,15 @@ def student_config(
 
 
 def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> None:
-    """Encoder and main head as `model.safetensors`, with `config.json` beside it."""
+    """Encoder and main head as `model.safetensors`, with `config.json` beside it.
+
+    For texts, `encoder/` holds the encoder's configuration and tokenizer: no hub is needed to load it."""
     from safetensors.torch import save
 
     folder.mkdir(exist_ok=True)
+    if isinstance(student.encoder, TextEncoder):
+        student.encoder.model.config.save_pretrained(folder / "encoder")
+        load_pretrained("AutoTokenizer", config["backbone"]).save_pretrained(folder / "encoder")
     weights = {k: v.contiguous() for k, v in student.state_dict().items() if not k.startswith("kd_head.")}
     write_atomically(folder / "model.safetensors", save(weights))
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
@@ -929,7 +1319,9 @@ def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
     """(student in eval mode, config) of a folder written by `save_student`."""
     from safetensors.torch import load_file
 
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config, encoder = json.loads((Path(folder) / "config.json").read_text()), Path(folder) / "encoder"
+    if encoder.exists():
+        config["backbone"] = str(encoder)
     channels, num_classes = len(config["mean"]), len(config["classes"])
     student = build_student(config["backbone"], channels, config["size"], num_classes, config["num_extra"])
     student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
