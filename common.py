@@ -398,9 +398,12 @@ def fetch_source(dataset: str, data_dir: str) -> list[Path]:
             fetch(url, archive, checksum)
         if content and not unpacked.exists():
             print(f"unpacking {archive}", flush=True)
-            with tempfile.TemporaryDirectory(dir=folder) as part:
-                extract_archive(str(archive), part)
-                os.rename(Path(part) / content, unpacked)
+            try:
+                with tempfile.TemporaryDirectory(dir=folder) as part:
+                    extract_archive(str(archive), part)
+                    os.rename(Path(part) / content, unpacked)
+            except OSError as error:
+                raise UserError(f"could not unpack {content} from {archive} ({error.strerror}); make room") from None
         files += files_below(unpacked) if content else [archive]
     return files
 
@@ -702,14 +705,15 @@ def random_resized_crop(x: Tensor, u: Tensor, u_area: Tensor, size: int, flip: i
     area, ratio = (0.08 + 0.92 * area) * height * width, (math.log(3 / 4) + 2 * math.log(4 / 3) * ratio).exp()
     sides = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=2)
     whole = torch.tensor([height, width], device=x.device)
-    first = (sides <= whole).all(dim=2).float().argmax(dim=1)
-    h, w = sides[torch.arange(len(x), device=x.device), first].minimum(whole).unbind(dim=1)
+    sides = torch.cat([sides, whole.expand(len(x), 1, 2)], dim=1)
+    first = (sides <= whole).all(dim=2).float().argmax(dim=1)  # of equal ones argmax takes the first
+    h, w = sides[torch.arange(len(x), device=x.device), first].unbind(dim=1)
     rows = resize_weights((u[:, 0] * (height - h + 1)).floor(), h, size, height)
     cols = resize_weights((u[:, 1] * (width - w + 1)).floor(), w, size, width)
     if flip:
         cols = torch.where(u[:, 2, None, None] < 0.5, cols.flip(1), cols)
-    x = (x.float() @ cols.mT[:, None] + 0.5).floor()  # rounded after each direction, as in Pillow
-    return (rows[:, None] @ x + 0.5).clamp(0, 255).to(torch.uint8)
+    x = (x.float() @ cols.mT[:, None] + 0.501).floor()  # rounded after each direction, halves up, as in Pillow
+    return (rows[:, None] @ x + 0.501).clamp(0, 255).to(torch.uint8)
 
 
 def luminance(x: Tensor) -> Tensor:
@@ -1138,7 +1142,7 @@ def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None
     }
     if any(misfits.values()):
         said = [f"{kind} {len(names)}: {', '.join(sorted(names)[:5])}" for kind, names in misfits.items() if names]
-        raise UserError(f"--weights: {source} does not fit {backbone} ({'; '.join(said)}); give another file or --weights none")
+        raise UserError(f"--weights: {source} does not fit {backbone} ({'; '.join(said)}); or --weights none")
     target.load_state_dict(state)
     print(f"{backbone} starts from {source}")
 
@@ -1435,10 +1439,13 @@ def student_config(dataset: str, backbone: str, preset: Preset, classes: list[st
 
 
 def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> None:
-    """Encoder and main head as `model.safetensors`, with `config.json` beside it."""
+    """Encoder and main head as `model.safetensors`, with `config.json` beside it, and in encoder/ the
+    configuration of a model that is known by its id only."""
     from safetensors.torch import save
 
     folder.mkdir(exist_ok=True)
+    if config["backbone"] not in VITS and hasattr(getattr(student.encoder, "model", None), "config"):
+        student.encoder.model.config.save_pretrained(folder / "encoder")
     weights = {k: v.contiguous() for k, v in student.state_dict().items() if not k.startswith("kd_head.")}
     write_atomically(folder / "model.safetensors", save(weights))
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
@@ -1449,7 +1456,9 @@ def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
     from safetensors.torch import load_file
 
     config = json.loads((Path(folder) / "config.json").read_text())
-    student = build_student(config["backbone"], len(config["mean"]), config["size"], len(config["classes"]))
+    encoder = Path(folder) / "encoder"
+    backbone = str(encoder) if encoder.exists() else config["backbone"]
+    student = build_student(backbone, len(config["mean"]), config["size"], len(config["classes"]))
     student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     return student.eval(), config
 

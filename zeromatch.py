@@ -331,10 +331,10 @@ def main(args: Args) -> dict[str, Any]:
         teacher_acc = 100 * float((read_labels(labels_test, data, "test")[0] == data.test.y).mean())
 
     measured = "accuracy"
-    if data.test is None:  # own data without a test part: training examples stand in, the teacher's labels for the truth
+    if data.test is None:  # own data: training examples stand in, the teacher's labels for the truth
         shown = np.flatnonzero(zero_shot >= 0)[:2000]
         data.test, measured = Split(data.train.x[shown], zero_shot[shown]), "agreement with the teacher"
-        print(f"no test part: below, test and accuracy mean agreement with the teacher on {len(shown)} training examples")
+        print(f"no test part: test/acc below is agreement with the teacher on {len(shown)} training examples")
 
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     run = Run(
