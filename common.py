@@ -13,6 +13,7 @@ Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
   C4  Gray images stay gray: Color leaves them as they are, and Cutout's fill is the fill's luminance.
   C5  WRN-28-2: every block's first batch-norm feeds its first convolution. In ZM's copy the one at
       the head of groups 2 and 3 feeds nothing and gets no gradient.
+  C6  SVHN is not mirrored (ZM mirrors digits); EuroSAT turns upside down as published.
   T1  Text features are the mean over a row's own tokens. ZM's mean runs over the padding too, so that
       a prediction depends on the longest row of its batch.
   T2  A text is title and body with a space between, escaped newlines decoded. ZM joins them without
@@ -40,14 +41,16 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import urllib.request
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.client import HTTPException
 from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -69,9 +72,9 @@ class Preset(NamedTuple):
     """One data set: how its images or texts are stored and seen, and the recipe that trains on it."""
 
     backbone: str
-    size: int  # side of the stored and seen image, pixels; texts: longest row in tokens, cut on the right
-    pad: int  # weak view: reflected border before the random crop, pixels; 0.125 * size as published
-    flip: bool  # weak view: mirror half of the images
+    size: int  # side of the seen image, pixels; texts: longest row in tokens, cut on the right
+    pad: int  # reflected border before the random crop, 0.125 * size; 0: crops of a stored size / 0.875
+    flip: int  # views: 1: mirror half of the images, 2: also turn half of them upside down
     mean: tuple[float, ...]  # of each channel, of values in [0, 1]; empty: texts
     std: tuple[float, ...]
     optimizer: str  # "sgd" (Nesterov momentum 0.9) or "adamw"
@@ -88,6 +91,16 @@ class Preset(NamedTuple):
     eval_every: int
 
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Recipes, columns as below. ZM config/usb_cv_paper: cifar100; flowers102 and resisc45. The others are choices
+# made here: what is nearest of these, with USB's learning rate for eurosat.
+VIT_32 = ("adamw", 5e-4, 5e-4, 0.5, 16, 1, 204_800, 204_800, 5_120, 0.0, 0.999, 2_048)
+VIT_224 = ("adamw", 1e-4, 5e-4, 0.65, 16, 1, 102_400, 102_400, 2_560, 0.0, 0.999, 1_024)
+CLASSIC = {  # --backbone wrn_28_2 from scratch: FixMatch, and USB config/classic_cv; stage 1 is a choice made here
+    "backbone": "wrn_28_2", "optimizer": "sgd", "lr": 0.03, "weight_decay": 5e-4, "layer_decay": 1.0, "batch_size": 64,
+    "uratio": 7, "num_steps": 2**20, "num_steps_stage1": 2**18, "warmup_steps": 0, "ema_decay": 0.999,
+    "marginal_decay": 0.999, "eval_every": 5_120,
+}  # fmt: skip
 # fmt: off
 PRESETS = {
     # backbone, size, pad, flip, mean, std | optimizer, lr, weight decay, layer decay | B, uratio, steps, of stage 1,
@@ -95,7 +108,18 @@ PRESETS = {
     "digits": Preset(
         "cnn", 8, 1, False, (0.305,), (0.376,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 800, 400, 40, 0.99, 0.99, 40),
     "fashion_mnist": Preset(
-        "cnn", 28, 3, True, (0.286,), (0.353,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 1400, 600, 60, 0.99, 0.99, 70),
+        "cnn", 28, 3, 1, (0.286,), (0.353,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 1400, 600, 60, 0.99, 0.99, 70),
+    "cifar10": Preset("vit_small_patch2_32", 32, 4, 1, *IMAGENET, *VIT_32),
+    "cifar100": Preset("vit_small_patch2_32", 32, 4, 1, (129.3 / 255, 124.1 / 255, 112.4 / 255),
+                       (68.2 / 255, 65.4 / 255, 70.4 / 255), *VIT_32),
+    "svhn": Preset("vit_small_patch2_32", 32, 4, 0, (0.438, 0.444, 0.473), (0.1751, 0.1771, 0.1744), *VIT_32),  # C6
+    "eurosat": Preset("vit_small_patch2_32", 32, 4, 2, (0.5,) * 3, (0.5,) * 3, "adamw", 5e-5, 5e-4, 1.0, *VIT_32[4:]),
+    "stl10": Preset("vit_small_patch16_224", 96, 12, 1, (112.4 / 255, 109.1 / 255, 98.6 / 255),
+                    (68.4 / 255, 66.6 / 255, 68.5 / 255), *VIT_224),
+    "flowers102": Preset("vit_small_patch16_224", 224, 0, 1, *IMAGENET, *VIT_224),
+    "resisc45": Preset("vit_small_patch16_224", 224, 0, 1, *IMAGENET, *VIT_224),
+    "food101": Preset("efficientnet_b0", 224, 0, 1, *IMAGENET,
+                      "adamw", 3e-4, 5e-4, 1.0, 16, 3, 102_400, 25_600, 2_560, 0.999, 0.999, 1_024),
     "ag_news": Preset(  # texts: ZM config/usb_nlp_paper
         "bert-base-uncased", 512, 0, False, (), (), "adamw", 5e-5, 1e-4, 0.65, 4, 1, 102_400, 102_400, 5120, 0, 0.999,
         2048),
@@ -108,13 +132,24 @@ PRESETS["text"] = PRESETS["ag_news"]._replace(  # files of your own
 # fmt: on
 
 
-def preset_of(dataset: str) -> Preset:
-    """The row of PRESETS for a data set or file of texts. Raises UserError for a name that is not there."""
-    name = "text" if dataset.endswith((".csv", ".jsonl")) else dataset
-    if name not in PRESETS or dataset == "text":
+def preset_of(dataset: str, backbone: str | None = None) -> Preset:
+    """The row of PRESETS for a data set; with the WRN in place of a ViT, its classic recipe.
+
+    A file of texts has the row "text". A folder of pictures has flowers102's row, and cifar10's with the
+    WRN where their median side is at most 64 pixels. Raises UserError for anything else."""
+    if dataset.endswith((".csv", ".jsonl")):
+        return PRESETS["text"]
+    if (dataset not in PRESETS or dataset == "text") and not Path(dataset).is_dir():
         names = ", ".join(name for name in PRESETS if name != "text")
-        raise UserError(f"--dataset {dataset}: expected one of {names}, or a file of texts ending in .csv or .jsonl")
-    return PRESETS[name]
+        raise UserError(
+            f"--dataset {dataset}: expected one of {names}, a folder with pictures in train/<class>/, or a file of "
+            "texts ending in .csv or .jsonl"
+        )
+    small = dataset not in PRESETS and median_side(Path(dataset)) <= 64
+    preset = PRESETS.get(dataset) or PRESETS["cifar10" if small else "flowers102"]
+    if preset.backbone.startswith("vit") and (backbone or ("wrn_28_2" if small else "")) == "wrn_28_2":
+        return preset._replace(**CLASSIC | ({"weight_decay": 1e-3} if dataset == "cifar100" else {}))
+    return preset
 
 
 def fill_from_preset(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
@@ -206,16 +241,22 @@ def check_arguments(given: dict[str, Any]) -> None:
 
 @dataclass
 class Split:
-    """Examples of one part: x uint8 [N, C, H, W] (maybe a memory map), y int64 [N], -1 = unknown."""
+    """Examples of one part: x uint8 [N, C, H, W] (maybe a memory map), y int64 [N], -1 = unknown.
+
+    Decoded pictures also keep their files and the hashes of their pixels before any resizing."""
 
     x: np.ndarray
     y: np.ndarray
+    files: list[str] | None = None
+    keys: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def hashes(self) -> list[bytes]:
         """One content hash an example; equal images have equal hashes."""
+        if self.keys is not None:
+            return [bytes.fromhex(key) for key in self.keys]
         return [
             hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=12).digest() for row in self.x
         ]
@@ -271,13 +312,23 @@ def load_data(dataset: str, data_dir: str, test_file: str | None = None) -> Data
     """Load a data set by name, fetching it into `data_dir` where it is not found on this machine, or a file of texts.
 
     Raises UserError with the address and the place for a manual copy when it cannot be fetched."""
-    if preset_of(dataset) is PRESETS["text"]:
+    preset = preset_of(dataset)
+    if preset is PRESETS["text"]:
         return load_text_file(dataset, test_file)
     if test_file:
         raise UserError(f"--test-file {test_file}: {dataset} has a test part of its own; leave the flag out")
     if dataset in TEXT_SETS:
         return load_text_set(dataset, data_dir)
-    return {"digits": load_digits, "fashion_mnist": load_fashion_mnist}[dataset](data_dir)
+    if dataset not in PRESETS:
+        return load_folder(Path(dataset), data_dir, preset)
+    if dataset in ("digits", "fashion_mnist"):
+        return {"digits": load_digits, "fashion_mnist": load_fashion_mnist}[dataset](data_dir)
+    sources = fetch_source(dataset, data_dir)
+    if dataset in ("cifar10", "cifar100", "svhn", "stl10"):
+        return load_arrays(dataset, data_dir, sources)
+    classes, train, test = list_pictures(dataset, data_dir)
+    store = f"{data_dir}/decoded/{dataset}"
+    return Data(dataset, classes, decode(train, store, preset, "train"), decode(test, store, preset, "test"))
 
 
 def load_digits(data_dir: str) -> Data:
@@ -326,6 +377,38 @@ def load_fashion_mnist(data_dir: str) -> Data:
         for part in ("train", "t10k")
     ]
     return Data("fashion_mnist", FASHION_CLASSES, *parts)
+
+
+# What each data set is made of: address, md5, folder below --data-dir, what an archive unpacks to. The places are those
+# of torchvision's classes, so that their downloads are found. Sources: torchvision 0.29 datasets; torchgeo resisc45.
+# fmt: off
+OXFORD, HOUSES = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", "http://ufldl.stanford.edu/housenumbers/"
+RESISC = "https://hf.co/datasets/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/"
+SOURCES = {
+    "cifar10": [("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                 "c58f30108f718f92721af3b95e74349a", "", "cifar-10-batches-py")],
+    "cifar100": [("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+                  "eb9058c3a382ffc7106e4002c42a8d85", "", "cifar-100-python")],
+    "svhn": [(HOUSES + "train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373", "", ""),
+             (HOUSES + "extra_32x32.mat", "a93ce644f1a588dc4d68dda5feec44a7", "", ""),
+             (HOUSES + "test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3", "", "")],
+    "stl10": [("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+               "91f7769df0f17e558f3565bffb0c7dfb", "", "stl10_binary")],
+    "food101": [("http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+                 "85eeb15f3717b99a5da872d97d918f87", "", "food-101")],
+    "flowers102": [(OXFORD + "102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", "flowers-102", "jpg"),
+                   (OXFORD + "imagelabels.mat", "e0620be6f572b9609742df49c70aed4d", "flowers-102", ""),
+                   (OXFORD + "setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c", "flowers-102", "")],
+    "eurosat": [("https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/"
+                 "EuroSAT.zip", "c8fa014336c82ac7804f0398fcb19387", "eurosat", "2750")],
+    "resisc45": [(RESISC + "NWPU-RESISC45.zip", "75206b2e16446591afa88e2628744886", "resisc45", "NWPU-RESISC45"),
+                 (RESISC + "resisc45-test.txt", "3dda9e4988b47eb1de9f07993653eb08", "resisc45", "")],
+}
+EUROSAT_CLASSES = (  # of its folders AnnualCrop ... SeaLake, as BatsResearch/menghini-neurips23-code words them
+    "annual crop land, forest, brushland or shrubland, highway or road, industrial buildings or commercial buildings, "
+    "pasture land, permanent crop land, residential buildings or homes or apartments, river, lake or sea"
+).split(", ")
+# fmt: on
 
 
 def fetch(url: str, path: Path, checksum: str | None = None) -> None:
@@ -496,6 +579,237 @@ def load_text_file(path: str, test_file: str | None) -> Data:
             held = np.concatenate([rng.permutation(rows)[: len(rows) // 5] for rows in once])
             train, test = train.take(np.setdiff1d(np.arange(len(train)), held)), train.take(np.sort(held))
     return Data(Path(path).stem, classes, train, test)
+def fetch_source(dataset: str, data_dir: str) -> list[Path]:
+    """Fetch and unpack SOURCES[dataset]; returns all its files. A folder appears only when it is whole."""
+    from torchvision.datasets.utils import extract_archive
+
+    files = []
+    for url, checksum, below, content in SOURCES[dataset]:
+        folder = Path(data_dir) / below
+        archive, unpacked = folder / url.rsplit("/", 1)[1], folder / content
+        if not content or not unpacked.exists():
+            fetch(url, archive, checksum)
+        if content and not unpacked.exists():
+            print(f"unpacking {archive}", flush=True)
+            try:
+                with tempfile.TemporaryDirectory(dir=folder) as part:
+                    extract_archive(str(archive), part)
+                    os.rename(Path(part) / content, unpacked)
+            except OSError as error:
+                raise UserError(f"could not unpack {content} from {archive} ({error.strerror}); make room") from None
+        files += files_below(unpacked) if content else [archive]
+    return files
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and its folders, by name; hidden ones are left out."""
+    found = [(Path(at), names) for at, _, names in os.walk(folder, followlinks=True)]
+    return sorted(at / name for at, names in found for name in names if name[0] != ".")
+
+
+def load_arrays(dataset: str, data_dir: str, sources: list[Path]) -> Data:
+    """CIFAR-10, CIFAR-100 (fine labels), SVHN (training part: train and extra, 604,388) and STL-10
+    (training part: 5,000 labeled and 100,000 unlabeled), as torchvision reads them."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, dataset.upper())
+    options = {"svhn": [("train", "extra"), ("test",)], "stl10": [("train+unlabeled",), ("test",)]}
+
+    def make(parts: tuple, file: Path) -> dict[str, Any]:
+        try:
+            read = [kind(data_dir, part) for part in parts]
+        except RuntimeError:
+            raise UserError(f"{data_dir}: unpacked files of {dataset} are damaged; delete them and run again") from None
+        x = np.concatenate([part.data for part in read])
+        with open(file, "wb") as out:
+            np.save(out, x.transpose(0, 3, 1, 2) if "cifar" in dataset else x)
+        y = np.concatenate([getattr(part, "targets" if "cifar" in dataset else "labels") for part in read])
+        names = getattr(read[0], "classes", list("0123456789"))
+        return {"y": y.astype(int).tolist(), "classes": [name.replace("_", " ") for name in names]}
+
+    splits = []
+    for part, parts in zip(("train", "test"), options.get(dataset, [(True,), (False,)]), strict=True):
+        x, facts = stored(Path(data_dir) / f"decoded/{dataset}-{part}.npy", sources, "", partial(make, parts))
+        splits.append(Split(x, np.array(facts["y"])))
+    return Data(dataset, facts["classes"], *splits)
+
+
+Pictures = list[tuple[Path, int]]  # (file, label or -1)
+
+
+def list_pictures(dataset: str, data_dir: str) -> tuple[list[str], Pictures, Pictures]:
+    """(class names in label order, training part, test part) of a published set of picture files.
+
+    food101: 75,750 + 25,250. flowers102: train and val, 2,040 + 6,149. resisc45: all but torchgeo's
+    test list, 25,200 + 6,300 (ZM's lists come from elsewhere). eurosat has no published split: the
+    first 80 % of every class by name, as in USB, 21,600 + 5,400."""
+    from torchvision import datasets
+
+    if dataset in ("food101", "flowers102"):
+        kind, splits = (datasets.Food101, ("train", "test"))
+        if dataset == "flowers102":
+            kind, splits = datasets.Flowers102, ("train", "val", "test")
+        read = [kind(data_dir, split) for split in splits]
+        lists = [list(zip(part._image_files, part._labels, strict=True)) for part in read]
+        return [name.replace("_", " ") for name in read[0].classes], sum(lists[:-1], []), lists[-1]
+    folder = Path(data_dir) / ("eurosat/2750" if dataset == "eurosat" else "resisc45/NWPU-RESISC45")
+    read = datasets.ImageFolder(folder)
+    names = [Path(file).name for file, _ in read.samples]
+    if dataset == "eurosat":
+        counts, firsts = np.bincount(read.targets), np.searchsorted(read.targets, range(len(read.classes)))
+        is_test = [i - firsts[y] >= counts[y] * 4 // 5 for i, y in enumerate(read.targets)]
+    else:
+        listed = set((folder.parent / "resisc45-test.txt").read_text().split())
+        is_test = [name in listed for name in names]
+    parts = [
+        [(Path(file), y) for (file, y), test in zip(read.samples, is_test, strict=True) if test == wanted]
+        for wanted in (False, True)
+    ]
+    classes = EUROSAT_CLASSES if dataset == "eurosat" else [name.replace("_", " ") for name in read.classes]
+    return classes, *parts
+
+
+def load_folder(folder: Path, data_dir: str, preset: Preset) -> Data:
+    """Own pictures: train/<class>/, and where they exist unlabeled/ (also nested) and test/<class>/.
+
+    Without test/, a fifth of every class is held out when each has at least 10 labeled pictures;
+    with fewer there is no test part. Raises UserError for another structure, an unreadable labeled
+    picture, and test pictures that are also in the training part."""
+    names, name = {}, folder.resolve().name
+    for part in ("train", "test"):
+        names[part] = sorted(at.name for at in (folder / part).glob("[!.]*") if at.is_dir())
+    files = {label: files_below(folder / "train" / label) for label in names["train"]}
+    wrong = [label for label in files if not files[label]] + [label for label in names["test"] if label not in files]
+    if len(files) < 2 or wrong:
+        raise UserError(
+            f"--dataset {folder}: expected at least two folders train/<class>/ with pictures, and no other classes "
+            f"in test/; found {len(files)}" + (f", wrong: {', '.join(wrong)}" if wrong else "")
+        )
+    fewest, held_out = min(map(len, files.values())), not names["test"]
+    train, test, said = [], [], "test/"
+    for y, label in enumerate(files):
+        order = np.random.RandomState(0).permutation(len(files[label]))
+        cut = set(order[: len(order) // 5]) if held_out and fewest >= 10 else set()
+        train += [(file, y) for i, file in enumerate(files[label]) if i not in cut]
+        test += [(file, y) for i, file in enumerate(files[label]) if i in cut]
+        test += [(file, y) for file in files_below(folder / "test" / label)]
+    if held_out:
+        said = f"a fifth of train/ ({len(test)} pictures)" if test else "nothing, as a class has under 10 pictures"
+    print(f"{name}: tested on {said}; seen at {preset.size} pixels, by default by {preset.backbone}")
+    train += [(file, -1) for file in files_below(folder / "unlabeled")]
+    store = f"{data_dir}/decoded/{name}-{hashlib.md5(str(folder.resolve()).encode()).hexdigest()[:8]}"
+    test_part = decode(test, store, preset, "test") if test else None
+    train_part = decode(train, store, preset, "train", test_part.keys if test else [], held_out)
+    return Data(name, list(files), train_part, test_part)
+
+
+def median_side(folder: Path) -> float:
+    """The median of the pictures' shorter sides in pixels, of about a hundred in train/."""
+    from PIL import Image
+
+    sides, files = [], files_below(folder / "train")
+    for file in files[:: len(files) // 100 + 1]:
+        try:
+            with Image.open(file) as image:
+                sides.append(min(image.size))
+        except OSError:
+            continue  # decoding will name it
+    return float(np.median(sides or [256]))
+
+
+def stored(
+    path: Path, sources: list[Path], recipe: Any, make: Callable[[Path], dict[str, Any]]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(memory map of `path`, facts): an array `make(file) -> facts` writes once, and again when the
+    recipe or a source's name, size or time has changed. It gets its name when it is whole."""
+    stats = [(str(source), source.stat().st_size, source.stat().st_mtime_ns) for source in sources]
+    key = hashlib.blake2b(json.dumps([recipe, stats]).encode(), digest_size=16).hexdigest()
+    note, part = path.with_suffix(".json"), path.with_name(f"{path.name}.{os.getpid()}.part")
+    facts = json.loads(note.read_text()) if note.exists() and path.exists() else {}
+    if facts.get("key") != key:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            facts = make(part) | {"key": key}
+            note.unlink(missing_ok=True)
+            os.replace(part, path)
+        except OSError as error:
+            raise UserError(f"could not write {path} ({error}); make room or give another --data-dir") from None
+        finally:
+            part.unlink(missing_ok=True)
+        write_atomically(note, json.dumps(facts).encode())
+    return np.load(path, mmap_mode="r"), facts
+
+
+def decode(
+    pictures: Pictures, store: str, preset: Preset, part: str, test_keys: Any = (), held_out: bool = False
+) -> Split:
+    """All pictures of a part as one stored array, decoded by all cores.
+
+    train: squashed to a square. test: short side to the same length, center crop. Raises UserError
+    for unreadable labeled pictures, and for training pictures equal to one of the test part."""
+    side = preset.size if preset.pad else round(preset.size / 0.875)  # ZM crop_ratio
+    shape = (len(pictures), 3, *[side if part == "train" else preset.size] * 2)
+
+    def make(to: Path) -> dict[str, Any]:
+        need, free = math.prod(shape), shutil.disk_usage(to.parent).free
+        if need > free:  # a memory map would end the process instead
+            raise OSError(f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+        x = np.lib.format.open_memmap(to, mode="w+", dtype=np.uint8, shape=shape)
+        one = partial(decode_one, x=x, side=side, squash=part == "train")
+        with ThreadPool(os.cpu_count()) as pool:  # Pillow's decoders work outside the interpreter's lock
+            work = tqdm(pool.imap(one, enumerate(pictures)), f"decoding {part} pictures", len(x), disable=None)
+            keys = list(work)
+        bad = [i for i, key in enumerate(keys) if key is None]
+        refused = [str(pictures[i][0]) for i in bad if pictures[i][1] >= 0]
+        doubles = [i for i, key in enumerate(keys) if key in known]
+        if refused:
+            raise UserError(f"{len(refused)} labeled pictures cannot be read: {', '.join(refused[:5])}; remove them")
+        if doubles and not held_out:
+            where = f"{len(doubles)} pictures of the training part are also in test/, e.g. {pictures[doubles[0]][0]}"
+            raise UserError(f"{where}; remove them from one of the two")
+        if bad or doubles:
+            print(f"left out: {len(doubles)} pictures equal to a held-out one, {len(bad)} unreadable ones", end="")
+            print(*["", *[pictures[i][0] for i in bad]], sep="\n  ")
+        keep = sorted({*range(len(x))} - {*bad, *doubles})
+        for target, i in enumerate(keep):
+            if target != i:
+                x[target] = x[i]
+        x.flush()
+        return {"keep": keep, "keys": [keys[i] for i in keep]}
+
+    known = set(test_keys)
+    recipe = [shape, [y for _, y in pictures], sorted(known)]
+    x, facts = stored(Path(f"{store}-{part}-{side}.npy"), [file for file, _ in pictures], recipe, make)
+    files, labels = zip(*[pictures[i] for i in facts["keep"]], strict=True)
+    return Split(x[: len(labels)], np.array(labels), [str(file) for file in files], facts["keys"])
+
+
+def decode_one(numbered: tuple[int, tuple[Path, int]], x: np.ndarray, side: int, squash: bool) -> str | None:
+    """Decode (index, (file, label)) to x[index]; returns the hash of its pixels, None where it is unreadable."""
+    from torchvision.transforms import functional as geometry
+
+    index, (file, _) = numbered
+    try:
+        image = read_picture(file)
+    except Exception:  # damaged files make Pillow raise errors of many kinds; the caller names the file
+        return None
+    fitted = geometry.resize(image, [side, side] if squash else [side])
+    x[index] = np.asarray(geometry.center_crop(fitted, list(x.shape[2:]))).transpose(2, 0, 1)
+    return hashlib.blake2b(image.tobytes() + str(image.size).encode(), digest_size=12).hexdigest()
+
+
+def read_picture(file: str | Path) -> Any:
+    """Any picture as 8-bit RGB: turned as its EXIF data say, on white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def draw_labeled(y: np.ndarray, num_labels: int, num_classes: int, seed: int) -> np.ndarray:
@@ -542,7 +856,7 @@ def take_pixels(x: Tensor, rows: Tensor, cols: Tensor, inside: Tensor | None = N
     return out if inside is None else out * inside[:, None]
 
 
-def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: bool) -> Tensor:
+def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tensor:
     """Reflect `pad` pixels around the image, crop size x size at a random place, mirror half of them.
 
     u [n, 3] in [0, 1): row, column, mirror. [n, C, H, W] -> [n, C, size, size]."""
@@ -556,7 +870,45 @@ def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: bool) -> Tens
     cols = (width - 1) - (width - 1 - cols).abs()
     if flip:
         cols = torch.where(u[:, 2, None] < 0.5, cols.flip(1), cols)
+    if flip == 2:
+        rows = torch.where(u[:, 2, None] * 2 % 1 < 0.5, rows.flip(1), rows)
     return take_pixels(x, rows[:, :, None], cols[:, None, :])
+
+
+def resize_weights(start: Tensor, length: Tensor, size: int, source: int) -> Tensor:
+    """Weights [n, size, source] of Pillow's bilinear resize of pixels start ... start + length - 1 to `size`.
+
+    Triangles as wide as the reduction, which is what keeps a reduced image from flickering."""
+    scale = (length / size)[:, None, None]
+    at = torch.arange(source, device=start.device) - start[:, None, None] + 0.5  # [n, 1, source]
+    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # [n, size, 1]
+    weight = (1 - (at - center).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((at > 0) & (at < length[:, None, None]))
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+AREA_DRAWS = 2 * 10  # (area, proportion) of ten tries, torchvision's number
+
+
+def random_resized_crop(x: Tensor, u: Tensor, u_area: Tensor, size: int, flip: int) -> Tensor:
+    """A part of 0.08 to 1 of the area with sides 3:4 to 4:3, resized to size x size, half of them mirrored.
+
+    u [n, 3] in [0, 1): row, column, mirror; u_area [n, AREA_DRAWS]; the first try that fits into the
+    image counts, else the whole image. Source: torchvision transforms.RandomResizedCrop."""
+    height, width = x.shape[2:]
+    area, ratio = u_area.unflatten(1, (-1, 2)).unbind(dim=2)  # [n, 10]
+    area, ratio = (0.08 + 0.92 * area) * height * width, (math.log(3 / 4) + 2 * math.log(4 / 3) * ratio).exp()
+    sides = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=2)
+    whole = torch.tensor([height, width], device=x.device)
+    sides = torch.cat([sides, whole.expand(len(x), 1, 2)], dim=1)
+    first = (sides <= whole).all(dim=2).float().argmax(dim=1)  # of equal ones argmax takes the first
+    h, w = sides[torch.arange(len(x), device=x.device), first].unbind(dim=1)
+    rows = resize_weights((u[:, 0] * (height - h + 1)).floor(), h, size, height)
+    cols = resize_weights((u[:, 1] * (width - w + 1)).floor(), w, size, width)
+    if flip:
+        cols = torch.where(u[:, 2, None, None] < 0.5, cols.flip(1), cols)
+    x = (x.float() @ cols.mT[:, None] + 0.501).floor()  # rounded after each direction, halves up, as in Pillow
+    return (rows[:, None] @ x + 0.501).clamp(0, 255).to(torch.uint8)
 
 
 def luminance(x: Tensor) -> Tensor:
@@ -684,15 +1036,20 @@ def cutout(x: Tensor, u: Tensor) -> Tensor:
 WEAK_DRAWS, STRONG_DRAWS = 3, 3 + 2 * 3 + 3  # numbers u an image
 
 
-def weak_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: bool) -> Tensor:
+def weak_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tensor:
     """The weak view: random crop of the reflected image, random mirror. u [n, WEAK_DRAWS] in [0, 1)."""
     return crop_and_flip(x, u.to(x.device), size, pad, flip)
 
 
-def strong_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: bool) -> Tensor:
-    """The strong view: crop and mirror like the weak one, RandAugment, Cutout. u [n, STRONG_DRAWS], CPU."""
-    u_crop, u_operations, u_cutout = u.split([3, 6, 3], dim=1)
-    x = crop_and_flip(x, u_crop.to(x.device), size, pad, flip)
+def strong_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tensor:
+    """The strong view: crop and mirror, RandAugment, Cutout. u [n, STRONG_DRAWS] on the CPU.
+
+    The crop is the weak one's; without a border it is a resized one, u [n, STRONG_DRAWS + AREA_DRAWS]."""
+    u_crop, u_operations, u_cutout, u_area = u.tensor_split([3, 9, 12], dim=1)
+    if pad:
+        x = crop_and_flip(x, u_crop.to(x.device), size, pad, flip)
+    else:
+        x = random_resized_crop(x, u_crop.to(x.device), u_area.to(x.device), size, flip)
     x = rand_augment(x, u_operations.unflatten(1, (3, 2)))
     return cutout(x, u_cutout.to(x.device))
 
@@ -726,11 +1083,13 @@ class Views:
         return self.normalize(weak_augment(self.pixels(idx), u, self.size, self.pad, self.flip))
 
     def strong(self, idx: Tensor) -> Tensor:
-        u = torch.rand(len(idx), STRONG_DRAWS)
+        u = torch.rand(len(idx), STRONG_DRAWS + (0 if self.pad else AREA_DRAWS))
         return self.normalize(strong_augment(self.pixels(idx), u, self.size, self.pad, self.flip))
 
     def plain(self, idx: Tensor) -> Tensor:
-        return self.normalize(self.pixels(idx))
+        x = self.pixels(idx)
+        edge = (x.shape[2] - self.size) // 2  # 0, but for training images stored larger
+        return self.normalize(x[:, :, edge : edge + self.size, edge : edge + self.size])
 
 
 # ---------------------------------------------------------------------------- views of texts
@@ -982,23 +1341,169 @@ class Student(nn.Module):
         return self.head(features), None if self.kd_head is None else self.kd_head(features), features
 
 
+class PretrainedEncoder(nn.Module):
+    """ViT-S and any image model of transformers, or torchvision's EfficientNet-B0.
+
+    [n, C, H, W] float -> [n, D]: the class token, or the mean over places where there is none. Gray
+    images are shown in all three channels. Weights are random; `load_weights` fills them."""
+
+    def __init__(self, backbone: str, size: int) -> None:
+        super().__init__()
+        if backbone == "efficientnet_b0":
+            from torchvision.models import efficientnet_b0
+
+            self.model = efficientnet_b0()
+            self.model.classifier = nn.Identity()
+        elif backbone in VITS:
+            self.model = vit_small(VITS[backbone], size)
+        else:
+            from transformers import AutoConfig, AutoModel
+
+            self.model = AutoModel.from_config(AutoConfig.from_pretrained(backbone))
+            self.model = getattr(self.model, "vision_model", self.model).float()
+        self.has_class_token = any("cls_token" in n or "class_emb" in n for n, _ in self.named_parameters())
+        self.batch_statistics = any(isinstance(m, nn.BatchNorm2d) for m in self.modules())
+        with torch.no_grad():
+            self.num_features = self.eval()(torch.zeros(1, 3, size, size)).shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.model(x.expand(-1, 3, -1, -1))
+        out = getattr(out, "last_hidden_state", out)  # [n, tokens, D], [n, D, h, w] or [n, D]
+        if out.ndim == 3:
+            return out[:, 0] if self.has_class_token else out.mean(dim=1)
+        return out.flatten(2).mean(dim=2) if out.ndim == 4 else out
+
+
+VITS = {"vit_small_patch2_32": 2, "vit_small_patch16_224": 16}  # patch sides; the image's side is free
+
+
+def vit_small(patch: int, size: int) -> nn.Module:
+    """ViT-S of width 384, depth 12, 6 heads; stochastic depth 0 ... 0.2. Source: ZM semilearn/nets/vit/vit.py."""
+    from torchvision.ops import StochasticDepth
+    from transformers import ViTConfig, ViTModel
+
+    if size % patch:
+        raise UserError(f"--backbone vit_small: images of {size} pixels cannot be cut into patches of {patch}")
+    config = ViTConfig(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, layer_norm_eps=1e-6,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, image_size=size, patch_size=patch,
+    )  # fmt: skip
+    vit = ViTModel(config, add_pooling_layer=False)
+    for depth, layer in enumerate(vit.layers):
+        layer.dropout = StochasticDepth(0.2 * depth / 11, "row")  # stands on both residual branches
+    nn.init.zeros_(vit.embeddings.cls_token)  # as published where nothing is loaded
+    nn.init.zeros_(vit.embeddings.position_embeddings)
+    return vit
+
+
 def build_student(backbone: str, channels: int, size: int, num_classes: int, num_extra: int = 0) -> Student:
-    """A student for images of `channels` x `size` x `size`, or for texts (0 channels); the caller seeds torch first."""
+    """A student for images of `channels` x `size` x `size`; the caller seeds torch first.
+
+    backbone: cnn, wrn_28_2, efficientnet_b0, one of VITS, or a model of transformers (id or folder).
+    channels 0: a student for texts."""
     if channels == 0:
         return Student(TextEncoder(backbone), num_classes, num_extra)
     if backbone == "cnn":
         return Student(SmallCNN(channels, size), num_classes, num_extra)
     if backbone == "wrn_28_2":
         return Student(WideResNet(channels), num_classes, num_extra)
-    raise UserError(f"--backbone {backbone}: expected cnn or wrn_28_2")
+    try:
+        return Student(PretrainedEncoder(backbone, size), num_classes, num_extra)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"--backbone {backbone}: expected cnn, wrn_28_2, efficientnet_b0, {', '.join(VITS)} or a model of "
+            f"transformers for images of {size} pixels ({str(error).splitlines()[0]})"
+        ) from None
+
+
+USB = "https://github.com/microsoft/Semi-supervised-learning/releases/download/v.0.0.0/"
+WEIGHTS = {
+    "vit_small_patch2_32": USB + "vit_small_patch2_32_mlp_im_1k_32.pth",
+    "vit_small_patch16_224": USB + "vit_small_patch16_224_mlp_im_1k_224.pth",
+    "efficientnet_b0": "https://download.pytorch.org/models/efficientnet_b0_rwightman-7f5810bc.pth",
+}
+TIMM_NAMES = (  # (timm's, transformers')
+    ("pos_embed", "embeddings.position_embeddings"), ("cls_token", "embeddings.cls_token"), (".attn.", ".attention."),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"), (".attention.proj", ".attention.o_proj"),
+    (".norm1", ".layernorm_before"), (".norm2", ".layernorm_after"), ("blocks.", "layers."),
+)  # fmt: skip
+
+
+def from_timm(state: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
+    """A ViT's weights under transformers' names; positions resized (bicubic) to `num_tokens` with the class token."""
+    out = {}
+    for name, weight in state.items():
+        for old, new in TIMM_NAMES:
+            name = name.replace(old, new)
+        name = name.replace("norm.", "layernorm.") if name.startswith("norm.") else name
+        if ".attention.qkv." in name:
+            for part, third in zip("qkv", weight.chunk(3), strict=True):
+                out[name.replace("qkv", f"{part}_proj")] = third
+            continue
+        if name == "embeddings.position_embeddings" and weight.shape[1] != num_tokens:
+            was, now = math.isqrt(weight.shape[1] - 1), math.isqrt(num_tokens - 1)
+            grid = weight[:, 1:].mT.unflatten(2, (was, was))  # [1, D, was, was]
+            grid = F.interpolate(grid, size=(now, now), mode="bicubic", align_corners=False)
+            weight = torch.cat([weight[:, :1], grid.flatten(2).mT], dim=1)
+        out[name] = weight
+    return out
 
 
 def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None:
-    """Fill a text encoder with pre-trained weights: the backbone's (None), those of a folder, or "none"."""
-    if isinstance(encoder, TextEncoder) and weights != "none":
-        model = load_pretrained("AutoModel", weights or backbone, dtype=torch.float32)
-        model.pooler = None
-        encoder.model.load_state_dict(model.state_dict())
+    """Fill an encoder with pre-trained weights: a file's, the published ones (None), or "none".
+
+    Raises UserError when they cannot be fetched or read, or do not fit."""
+    if isinstance(encoder, TextEncoder):
+        if weights != "none":
+            model = load_pretrained("AutoModel", weights or backbone, dtype=torch.float32)
+            model.pooler = None
+            encoder.model.load_state_dict(model.state_dict())
+        return
+    known = backbone in WEIGHTS
+    if weights == "none" or (weights is None and backbone in ("cnn", "wrn_28_2")):
+        print(f"{backbone} starts from scratch, without pre-trained weights")
+        return
+    target, source = getattr(encoder, "model", encoder), weights or WEIGHTS.get(backbone, backbone)
+    try:
+        if weights is None and known:
+            path = Path(torch.hub.get_dir()) / "checkpoints" / source.rsplit("/", 1)[1]
+            fetch(source, path)
+            source = str(path)
+        if weights is None and not known:
+            from transformers import AutoModel
+
+            model = AutoModel.from_pretrained(backbone, dtype=torch.float32)
+            state = getattr(model, "vision_model", model).state_dict()
+        elif source.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(source)
+        else:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+            state = state.get("model", state)
+    except UserError as error:
+        raise UserError(f"{error}, or start from scratch with --weights none") from None
+    except Exception as error:  # a file of any content: unpickling raises errors of many kinds
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--weights: {source} cannot be read as weights of {backbone} ({reason})") from None
+    state = {name.removeprefix("module."): weight for name, weight in state.items()}
+    heads = ("fc", "classifier", "mlp", "head")  # ZM semilearn/nets/utils.py
+    state = {name: weight for name, weight in state.items() if not name.startswith(heads)}
+    wanted = target.state_dict()
+    if backbone in VITS and "pos_embed" in state:
+        state = from_timm(state, wanted["embeddings.position_embeddings"].shape[1])
+    misfits = {
+        "missing": wanted.keys() - state.keys(),
+        "left over": state.keys() - wanted.keys(),
+        "of another shape": {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape},
+    }
+    if any(misfits.values()):
+        said = [f"{kind} {len(names)}: {', '.join(sorted(names)[:5])}" for kind, names in misfits.items() if names]
+        raise UserError(f"--weights: {source} does not fit {backbone} ({'; '.join(said)}); or --weights none")
+    target.load_state_dict(state)
+    print(f"{backbone} starts from {source}")
 
 
 def param_groups(student: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
@@ -1301,14 +1806,14 @@ def student_config(
 
 
 def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> None:
-    """Encoder and main head as `model.safetensors`, with `config.json` beside it.
-
-    For texts, `encoder/` holds the encoder's configuration and tokenizer: no hub is needed to load it."""
+    """Encoder and main head as `model.safetensors`, with `config.json` beside it, and in encoder/ the
+    configuration (and tokenizer) of a model that is known by its id only: no hub is needed to load it."""
     from safetensors.torch import save
 
     folder.mkdir(exist_ok=True)
-    if isinstance(student.encoder, TextEncoder):
+    if config["backbone"] not in VITS and hasattr(getattr(student.encoder, "model", None), "config"):
         student.encoder.model.config.save_pretrained(folder / "encoder")
+    if isinstance(student.encoder, TextEncoder):
         load_pretrained("AutoTokenizer", config["backbone"]).save_pretrained(folder / "encoder")
     weights = {k: v.contiguous() for k, v in student.state_dict().items() if not k.startswith("kd_head.")}
     write_atomically(folder / "model.safetensors", save(weights))
@@ -1319,11 +1824,11 @@ def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
     """(student in eval mode, config) of a folder written by `save_student`."""
     from safetensors.torch import load_file
 
-    config, encoder = json.loads((Path(folder) / "config.json").read_text()), Path(folder) / "encoder"
-    if encoder.exists():
-        config["backbone"] = str(encoder)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    encoder = Path(folder) / "encoder"
+    backbone = str(encoder) if encoder.exists() else config["backbone"]
     channels, num_classes = len(config["mean"]), len(config["classes"])
-    student = build_student(config["backbone"], channels, config["size"], num_classes, config["num_extra"])
+    student = build_student(backbone, channels, config["size"], num_classes, config["num_extra"])
     student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     return student.eval(), config
 

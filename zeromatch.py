@@ -60,7 +60,8 @@ from pseudolabel import default_labels, read_labels
 class Args:
     # run
     dataset: str = "digits"
-    """Data set: a name of common.PRESETS, or a .csv or .jsonl file of texts (text, label; empty label: unlabeled)."""
+    """Data set: a name of common.PRESETS, a folder of pictures (train/<class>/, unlabeled/ and perhaps test/<class>/),
+    or a .csv or .jsonl file of texts (text, label; an empty label: unlabeled)."""
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int = 10
@@ -89,9 +90,10 @@ class Args:
     """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
     # model
     backbone: str | None = None
-    """Encoder: cnn or wrn_28_2; for texts an id or a local folder of transformers."""
+    """Encoder: cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of
+    transformers (images or texts)."""
     weights: str | None = None
-    """Pre-trained weights of the encoder: a folder, or none; unset: the published ones, where there are any."""
+    """Pre-trained weights of the encoder: a file (texts: a folder), or none; unset: the published ones, if any."""
     # optimization
     num_steps: int | None = None
     """Updates of stage 2. Alone, it also scales stage 1, the warm-up and --eval-every."""
@@ -324,7 +326,7 @@ LINE = (
 
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
-    preset = preset_of(args.dataset)
+    preset = preset_of(args.dataset, args.backbone)
     args = replace(args, **fill_from_preset(vars(args), preset))
     check_arguments(vars(args))
     data = load_data(args.dataset, args.data_dir, args.test_file)
