@@ -812,6 +812,23 @@ def read_picture(file: str | Path) -> Any:
         return image.convert("RGB")
 
 
+def measured_part(data: Data, y_zs: np.ndarray | None = None) -> tuple[Split | TextSplit, str]:
+    """(the part that is evaluated, what its figure is called): the test part and its accuracy.
+
+    Own data without one: 2,000 training examples, against the teacher's labels y_zs [N] where there are
+    any, else the labeled ones against their labels; called what it is."""
+    if data.test is not None:
+        return data.test, "accuracy on test examples"
+    labels, name = data.train.y, "no test part, accuracy on the labeled training examples"
+    if y_zs is not None:
+        labels, name = y_zs, "no test part, agreement with the teacher on training examples"
+    shown = np.flatnonzero(labels >= 0)[:2000]
+    part = data.train.take(shown)
+    part.y = labels[shown]
+    print(f"test/acc below: {name} ({len(shown)})")
+    return part, name
+
+
 def draw_labeled(y: np.ndarray, num_labels: int, num_classes: int, seed: int) -> np.ndarray:
     """Indices [num_labels] int64 of the labeled examples: num_labels / K of every class, seeded.
 
@@ -1652,7 +1669,8 @@ class Run:
         steps, batch, uratio = args["num_steps"], args["batch_size"], args["uratio"]
         settings = "  ".join(f"{name} {value}" for name, value in args.items() if value is not None)
         print(f"torch {torch.__version__} on {self.device}, autocast {self.dtype or 'off'}, run folder {self.folder}")
-        print(f"{labels} labeled, {n} unlabeled (labeled included), {len(data.test)} test, {len(data.classes)} classes")
+        tests = 0 if data.test is None else len(data.test)
+        print(f"{labels} labeled, {n} unlabeled (labeled included), {tests} test, {len(data.classes)} classes")
         print(f"plan: {steps} steps x ({batch} labeled + {uratio * batch} unlabeled): ", end="")
         print(f"{steps * batch / labels:.0f} passes over the labels, {steps * uratio * batch / n:.1f} over the pool")
         print(settings)

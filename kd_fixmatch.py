@@ -47,9 +47,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    Run, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student, check_arguments, cli, draw_labeled,
-    fill_from_preset, load_data, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device,
-    student_config,
+    Run, TextViews, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student, check_arguments, cli,
+    draw_labeled, fill_from_preset, join, load_data, load_weights, make_views, measured_part, predict, preset_of,
+    pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------- arguments
@@ -59,9 +59,12 @@ from common import (
 class Args:
     # run
     dataset: str = "digits"
-    """Data set: a name of common.PRESETS."""
+    """Data set: a name of common.PRESETS, a folder of pictures (train/<class>/, unlabeled/ and perhaps test/<class>/),
+    or a .csv or .jsonl file of texts (text, label; an empty label: unlabeled)."""
+    test_file: str | None = None
+    """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int = 10
-    """Labeled examples in all, the same number of every class."""
+    """Labeled examples in all, the same number of every class; 0: all whose label is known (own data)."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     data_dir: str = "data"
@@ -82,7 +85,10 @@ class Args:
     """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
     # model
     backbone: str | None = None
-    """Encoder: cnn or wrn_28_2."""
+    """Encoder: cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of
+    transformers (images or texts)."""
+    weights: str | None = None
+    """Pre-trained weights of the encoder: a file (texts: a folder), or none; unset: the published ones, if any."""
     # optimization
     num_steps: int | None = None
     """Updates of each network. Alone, it also scales the warm-up and --eval-every."""
@@ -219,8 +225,8 @@ def loss_robust(name: str, logits_ulb_s: Tensor, target: Tensor, counts: Tensor,
 
 
 def train(
-    stage: int, student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views, test: Views,
-    args: Args, run: Run, y_outer: Tensor | None = None,
+    stage: int, student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views | TextViews,
+    test: Views | TextViews, args: Args, run: Run, y_outer: Tensor | None = None,
 ) -> nn.Module:  # fmt: skip
     """FixMatch of the outer network (stage 1); with y_outer [N], of the inner one (stage 3), -1 = not in T_u.
 
@@ -249,7 +255,7 @@ def train(
         # One pass over all three: batch statistics are those of the joint batch.
         student.train()
         with run.autocast():
-            logits, _, _ = student(torch.cat([x_lb, x_ulb_w, x_ulb_s]))
+            logits, _, _ = student(join([x_lb, x_ulb_w, x_ulb_s]))
         logits = logits.float()  # thresholds and losses in float32
         logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
 
@@ -316,7 +322,7 @@ def cluster_kmeans(features: Tensor, label: Tensor, seed: int) -> Tensor:
     return present[torch.from_numpy(matched[cluster]).to(label.device)]
 
 
-def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tensor:
+def select_trusted(outer: nn.Module, train: Views | TextViews, args: Args, run: Run) -> Tensor:
     """T_u as y_outer [N] int64: the outer network's labels that pass both filters, -1 elsewhere.
 
     Monitoring: trusted.json, {set: [its size, percent of its labels that are right or null]}."""
@@ -355,22 +361,26 @@ def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tens
 
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
-    preset = preset_of(args.dataset)
+    preset = preset_of(args.dataset, args.backbone)
     args = replace(args, **fill_from_preset(vars(args), preset))
     check_arguments(vars(args))
-    data = load_data(args.dataset, args.data_dir)
+    data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
+    test_part, measured = measured_part(data)
 
     device, dtype = setup_device(args.device, args.amp, args.backbone)
-    name = f"kd_fixmatch-{args.dataset}-{args.num_labels}-seed{args.seed}"
+    name = f"kd_fixmatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(args.runs_dir, name, asdict(args), device, dtype)
     run.describe(data, labeled, vars(args))
-    train_views, test = Views(data.train, preset, device), Views(data.test, preset, device)
+    parts = (data.train, test_part)
+    train_views, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in parts)
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     seed_step(args.seed, "weights", 0)
     outer = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
     seed_step(args.seed, "inner weights", 0)  # new: of the outer network only its trusted labels go on
     inner = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
+    for network in (outer, inner):
+        load_weights(network.encoder, args.backbone, args.weights)
     if args.compile:
         outer.compile()
         inner.compile()
@@ -386,9 +396,9 @@ def main(args: Args) -> dict[str, Any]:
 
     save_student(run.folder / "student", evaluated, student_config(args.dataset, args.backbone, preset, data.classes))
     result = run.result(stage=1 if args.outer_only else 3)
-    result |= {"outer_acc": run.result(stage=1)["test_acc"], "trusted": trusted}
+    result |= {"outer_acc": run.result(stage=1)["test_acc"], "trusted": trusted, "measured": measured}
     run.write_json("result.json", result | {"args": asdict(args)})
-    print(f"\n{args.dataset}, {args.num_labels} labels: accuracy on {len(data.test)} test examples, last evaluation")
+    print(f"\n{data.name}, {len(labeled)} labels: {measured} ({len(test)}), last evaluation")
     print(f"  {'outer network (FixMatch)':34} {result['outer_acc']:.2f} %")
     if not args.outer_only:
         print(f"  {f'inner (KD-FixMatch, {args.unsup_loss})':34} {result['test_acc']:.2f} %")

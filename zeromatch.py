@@ -41,14 +41,13 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
     Run, TextViews, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student, check_arguments, cli,
-    draw_labeled, fill_from_preset, join, load_data, load_weights, make_views, predict, preset_of,
+    draw_labeled, fill_from_preset, join, load_data, load_weights, make_views, measured_part, predict, preset_of,
     pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
@@ -339,25 +338,12 @@ def main(args: Args) -> dict[str, Any]:
     if labels_test:
         teacher_acc = 100 * float((read_labels(labels_test, data, "test")[0] == data.test.y).mean())
 
-    measured = "accuracy"
-    if data.test is None:  # own data: training examples stand in, the teacher's labels for the truth
-        shown = np.flatnonzero(zero_shot >= 0)[:2000]
-        data.test, measured = data.train.take(shown), "agreement with the teacher"
-        data.test.y = zero_shot[shown]
-        print(f"no test part: test/acc below is agreement with the teacher on {len(shown)} training examples")
-
+    test_part, measured = measured_part(data, zero_shot)
     device, dtype = setup_device(args.device, args.amp, args.backbone)
-    run = Run(
-        args.runs_dir,
-        f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}",
-        asdict(args),
-        device,
-        dtype,
-    )
+    name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
+    run = Run(args.runs_dir, name, asdict(args), device, dtype)
     run.describe(data, labeled, vars(args))
-    train, test = (
-        make_views(part, preset, args.backbone, device, args.data_dir) for part in (data.train, data.test)
-    )
+    train, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in (data.train, test_part))
     y_zs = torch.from_numpy(zero_shot).to(device)
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
 
@@ -384,7 +370,7 @@ def main(args: Args) -> dict[str, Any]:
         "measured": measured,
     }
     run.write_json("result.json", result | {"args": asdict(args)})
-    print(f"\n{data.name}, {len(labeled)} labels: {measured} on {len(data.test)} test examples, last evaluation")
+    print(f"\n{data.name}, {len(labeled)} labels: {measured} ({len(test)}), last evaluation")
     rows = [("teacher (zero-shot)", teacher_acc), ("stage 1 (pseudo-supervision)", result["stage1_acc"])]
     rows += [("stage 2 (ZeroMatch)", result["test_acc"])] if args.stages != "1" else []
     for name, acc in rows:
