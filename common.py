@@ -602,9 +602,12 @@ def fetch_source(dataset: str, data_dir: str) -> list[Path]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and its folders, by name; hidden ones are left out."""
-    found = [(Path(at), names) for at, _, names in os.walk(folder, followlinks=True)]
-    return sorted(at / name for at, names in found for name in names if name[0] != ".")
+    """All files in a folder and its folders, by name; what is hidden is left out."""
+    files = []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        files += [Path(at) / name for name in names if name[0] != "."]
+    return sorted(files)
 
 
 def load_arrays(dataset: str, data_dir: str, sources: list[Path]) -> Data:
@@ -645,28 +648,25 @@ def list_pictures(dataset: str, data_dir: str) -> tuple[list[str], Pictures, Pic
     first 80 % of every class by name, as in USB, 21,600 + 5,400."""
     from torchvision import datasets
 
-    if dataset in ("food101", "flowers102"):
-        kind, splits = (datasets.Food101, ("train", "test"))
-        if dataset == "flowers102":
-            kind, splits = datasets.Flowers102, ("train", "val", "test")
-        read = [kind(data_dir, split) for split in splits]
-        lists = [list(zip(part._image_files, part._labels, strict=True)) for part in read]
-        return [name.replace("_", " ") for name in read[0].classes], sum(lists[:-1], []), lists[-1]
-    folder = Path(data_dir) / ("eurosat/2750" if dataset == "eurosat" else "resisc45/NWPU-RESISC45")
-    read = datasets.ImageFolder(folder)
-    names = [Path(file).name for file, _ in read.samples]
+    if dataset == "food101":
+        read = [datasets.Food101(data_dir, part) for part in ("train", "test")]
+    elif dataset == "flowers102":
+        read = [datasets.Flowers102(data_dir, part) for part in ("train", "val", "test")]
+    else:
+        folder = Path(data_dir) / ("eurosat/2750" if dataset == "eurosat" else "resisc45/NWPU-RESISC45")
+        read = [datasets.ImageFolder(folder)]
+    classes = EUROSAT_CLASSES if dataset == "eurosat" else [name.replace("_", " ") for name in read[0].classes]
+    if len(read) > 1:
+        parts = [list(zip(part._image_files, part._labels, strict=True)) for part in read]
+        return classes, sum(parts[:-1], []), parts[-1]
+    samples, y = [(Path(file), label) for file, label in read[0].samples], np.array(read[0].targets)
     if dataset == "eurosat":
-        counts, firsts = np.bincount(read.targets), np.searchsorted(read.targets, range(len(read.classes)))
-        is_test = [i - firsts[y] >= counts[y] * 4 // 5 for i, y in enumerate(read.targets)]
+        rank = np.arange(len(y)) - np.searchsorted(y, y)  # y is sorted
+        is_test = rank >= np.bincount(y)[y] * 4 // 5
     else:
         listed = set((folder.parent / "resisc45-test.txt").read_text().split())
-        is_test = [name in listed for name in names]
-    parts = [
-        [(Path(file), y) for (file, y), test in zip(read.samples, is_test, strict=True) if test == wanted]
-        for wanted in (False, True)
-    ]
-    classes = EUROSAT_CLASSES if dataset == "eurosat" else [name.replace("_", " ") for name in read.classes]
-    return classes, *parts
+        is_test = np.array([file.name in listed for file, _ in samples])
+    return classes, *([samples[i] for i in np.flatnonzero(is_test == test)] for test in (False, True))
 
 
 def load_folder(folder: Path, data_dir: str, preset: Preset) -> Data:
@@ -722,7 +722,7 @@ def stored(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """(memory map of `path`, facts): an array `make(file) -> facts` writes once, and again when the
     recipe or a source's name, size or time has changed. It gets its name when it is whole."""
-    stats = [(str(source), source.stat().st_size, source.stat().st_mtime_ns) for source in sources]
+    stats = [(source.name, source.stat().st_size, source.stat().st_mtime_ns) for source in sources]
     key = hashlib.blake2b(json.dumps([recipe, stats]).encode(), digest_size=16).hexdigest()
     note, part = path.with_suffix(".json"), path.with_name(f"{path.name}.{os.getpid()}.part")
     facts = json.loads(note.read_text()) if note.exists() and path.exists() else {}
@@ -1382,6 +1382,7 @@ class PretrainedEncoder(nn.Module):
         self.batch_statistics = any(isinstance(m, nn.BatchNorm2d) for m in self.modules())
         with torch.no_grad():
             self.num_features = self.eval()(torch.zeros(1, 3, size, size)).shape[1]
+        self.train()
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.model(x.expand(-1, 3, -1, -1))
@@ -1441,30 +1442,28 @@ WEIGHTS = {
     "vit_small_patch16_224": USB + "vit_small_patch16_224_mlp_im_1k_224.pth",
     "efficientnet_b0": "https://download.pytorch.org/models/efficientnet_b0_rwightman-7f5810bc.pth",
 }
-TIMM_NAMES = (  # (timm's, transformers')
-    ("pos_embed", "embeddings.position_embeddings"), ("cls_token", "embeddings.cls_token"), (".attn.", ".attention."),
-    ("patch_embed.proj", "embeddings.patch_embeddings.projection"), (".attention.proj", ".attention.o_proj"),
-    (".norm1", ".layernorm_before"), (".norm2", ".layernorm_after"), ("blocks.", "layers."),
+TIMM_NAMES = (  # (pattern of timm's names, transformers')
+    ("pos_embed", "embeddings.position_embeddings"), ("cls_token", "embeddings.cls_token"), ("^norm", "layernorm"),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("^blocks", "layers"),
+    ("attn.proj", "attention.o_proj"), ("attn", "attention"),
+    ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
 )  # fmt: skip
 
 
 def from_timm(state: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
-    """A ViT's weights under transformers' names; positions resized (bicubic) to `num_tokens` with the class token."""
+    """A ViT's weights under transformers' names; positions resized (bicubic) to `num_tokens`, class token included."""
     out = {}
     for name, weight in state.items():
-        for old, new in TIMM_NAMES:
-            name = name.replace(old, new)
-        name = name.replace("norm.", "layernorm.") if name.startswith("norm.") else name
-        if ".attention.qkv." in name:
-            for part, third in zip("qkv", weight.chunk(3), strict=True):
-                out[name.replace("qkv", f"{part}_proj")] = third
-            continue
-        if name == "embeddings.position_embeddings" and weight.shape[1] != num_tokens:
-            was, now = math.isqrt(weight.shape[1] - 1), math.isqrt(num_tokens - 1)
-            grid = weight[:, 1:].mT.unflatten(2, (was, was))  # [1, D, was, was]
-            grid = F.interpolate(grid, size=(now, now), mode="bicubic", align_corners=False)
-            weight = torch.cat([weight[:, :1], grid.flatten(2).mT], dim=1)
-        out[name] = weight
+        for pattern, ours in TIMM_NAMES:
+            name = re.sub(pattern, ours, name)
+        thirds = zip("qkv", weight.chunk(3), strict=True) if ".qkv." in name else ()
+        out |= {name.replace("qkv", f"{part}_proj"): third for part, third in thirds} or {name: weight}
+    positions = out["embeddings.position_embeddings"]
+    was, now = math.isqrt(positions.shape[1] - 1), math.isqrt(num_tokens - 1)
+    if was != now:
+        grid = positions[:, 1:].mT.unflatten(2, (was, was))  # [1, D, was, was]
+        grid = F.interpolate(grid, size=(now, now), mode="bicubic", align_corners=False)
+        out["embeddings.position_embeddings"] = torch.cat([positions[:, :1], grid.flatten(2).mT], dim=1)
     return out
 
 
@@ -1518,7 +1517,9 @@ def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None
     }
     if any(misfits.values()):
         said = [f"{kind} {len(names)}: {', '.join(sorted(names)[:5])}" for kind, names in misfits.items() if names]
-        raise UserError(f"--weights: {source} does not fit {backbone} ({'; '.join(said)}); or --weights none")
+        raise UserError(
+            f"--weights: {source} does not fit {backbone} ({'; '.join(said)}); give a fitting file or --weights none"
+        )
     target.load_state_dict(state)
     print(f"{backbone} starts from {source}")
 

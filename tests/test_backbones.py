@@ -81,7 +81,9 @@ def usb_file(path: Path, state: dict[str, Tensor]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name, size, patch", [("vit_small_patch2_32", 32, 2), ("vit_small_patch16_224", 224, 16)])
+@pytest.mark.parametrize(
+    "name, size, patch", [("vit_small_patch2_32", 32, 2), ("vit_small_patch16_224", 224, 16)]
+)
 def test_a_published_weight_file_gives_the_features_of_timms_layout(tmp_path, name, size, patch):
     state, student = timm_weights(size, patch), build_student(name, 3, size, 10)
     load_weights(student.encoder, name, usb_file(tmp_path / "vit.pth", state))
@@ -89,10 +91,14 @@ def test_a_published_weight_file_gives_the_features_of_timms_layout(tmp_path, na
     with torch.no_grad():
         mine, theirs = student.eval()(x)[2], timm_features(state, x, patch)
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-    save_file(state | {"head.weight": torch.zeros(7, 384)}, tmp_path / "model.safetensors")  # as timm's hub files
+    save_file(
+        state | {"head.weight": torch.zeros(7, 384)}, tmp_path / "model.safetensors"
+    )  # as timm's hub files
     other = build_student(name, 3, size, 10)
     load_weights(other.encoder, name, str(tmp_path / "model.safetensors"))
-    for (key, a), b in zip(student.encoder.state_dict().items(), other.encoder.state_dict().values(), strict=True):
+    for (key, a), b in zip(
+        student.encoder.state_dict().items(), other.encoder.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), key
 
 
@@ -137,7 +143,10 @@ def test_weights_that_do_not_fit_are_listed_with_what_to_do(tmp_path):
     with pytest.raises(UserError) as caught:
         load_weights(student.encoder, "vit_small_patch2_32", usb_file(tmp_path / "vit.pth", state))
     message = str(caught.value)
-    assert "missing 1: layers.3.mlp.fc1.bias" in message and "left over 1: layers.12.layernorm_before.bias" in message
+    assert (
+        "missing 1: layers.3.mlp.fc1.bias" in message
+        and "left over 1: layers.12.layernorm_before.bias" in message
+    )
     assert "of another shape 1: layernorm.weight" in message and "--weights none" in message
     assert torch.equal(before, student.state_dict()["encoder.model.layernorm.bias"])
 
@@ -167,7 +176,9 @@ def test_published_weights_that_cannot_be_fetched_name_address_place_and_the_way
     with pytest.raises(UserError) as caught:
         load_weights(student.encoder, "vit_small_patch2_32", None)
     place = tmp_path / "hub" / "checkpoints" / "vit_small_patch2_32.pth"
-    assert url in str(caught.value) and str(place) in str(caught.value) and "--weights none" in str(caught.value)
+    assert (
+        url in str(caught.value) and str(place) in str(caught.value) and "--weights none" in str(caught.value)
+    )
     state = timm_weights(32, 2)
     usb_file(place, state)  # put there by hand
     load_weights(student.encoder, "vit_small_patch2_32", None)
@@ -246,8 +257,8 @@ def test_any_image_model_folder_of_transformers_is_a_backbone(tmp_path, kind):
 def test_a_name_that_is_no_model_gives_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 12,
-                                                               "num_attention_heads": 2, "num_hidden_layers": 1}))  # fmt: skip
+    bert = {"model_type": "bert", "hidden_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
+    (tmp_path / "text" / "config.json").write_text(json.dumps(bert))
     for name in ("vit_huge", str(tmp_path / "text"), str(tmp_path)):
         with pytest.raises(UserError, match="--backbone") as caught:
             build_student(name, 3, 32, 10)
@@ -323,7 +334,7 @@ def test_three_steps_of_the_flowers102_preset(monkeypatch, tmp_path, capsys):
 
 def test_three_steps_of_the_food101_preset(monkeypatch, tmp_path, capsys):
     names = [f"food_{i:03d}" for i in range(101)]
-    make_food101(monkeypatch, tmp_path, names, {"train": 1, "test": 1})
+    make_food101(monkeypatch, tmp_path, {"train": names, "test": names[:2]}, 1)
     result = run("food101", tmp_path, num_labels=101, batch_size=2)
     assert "efficientnet_b0 starts from scratch" in capsys.readouterr().out and 0 <= result["test_acc"] <= 100
 

@@ -47,7 +47,9 @@ def md5(path: Path) -> str:
 
 def adopt(monkeypatch, name: str, *files: Path) -> None:
     """Let SOURCES[name] expect the checksums of these files, in its order."""
-    rows = [(url, md5(file), *rest) for (url, _, *rest), file in zip(common.SOURCES[name], files, strict=True)]
+    rows = [
+        (url, md5(file), *rest) for (url, _, *rest), file in zip(common.SOURCES[name], files, strict=True)
+    ]
     monkeypatch.setitem(common.SOURCES, name, rows)
 
 
@@ -97,7 +99,9 @@ def address():
     server.shutdown()
 
 
-def test_a_cut_or_wrong_download_gives_one_line_and_leaves_nothing_and_then_the_right_one_is_kept(address, tmp_path):
+def test_a_cut_or_wrong_download_gives_one_line_and_leaves_nothing_and_then_the_right_one_is_kept(
+    address, tmp_path
+):
     path, right = tmp_path / "data" / "file.bin", hashlib.md5(Server.content).hexdigest()
     for name, checksum, reason in (
         ("cut", right, "ended after 524288 of 1048576 bytes"),
@@ -113,7 +117,9 @@ def test_a_cut_or_wrong_download_gives_one_line_and_leaves_nothing_and_then_the_
         assert list(path.parent.iterdir()) == []
     common.fetch(f"{address}/right", path, right)
     assert path.read_bytes() == Server.content and list(path.parent.iterdir()) == [path]
-    common.fetch(f"{address}/gone", path, hashlib.sha256(Server.content).hexdigest())  # is there: nothing is asked for
+    common.fetch(
+        f"{address}/gone", path, hashlib.sha256(Server.content).hexdigest()
+    )  # is there: nothing is asked for
 
 
 def test_a_damaged_file_put_there_by_hand_is_refused(tmp_path):
@@ -136,7 +142,9 @@ def test_the_headline_command_without_a_network_ends_in_one_line_with_code_2(mon
     assert time.perf_counter() - start < 10
 
 
-def test_an_archive_without_the_expected_folder_or_an_interrupted_unpacking_leaves_no_folder(monkeypatch, tmp_path):
+def test_an_archive_without_the_expected_folder_or_an_interrupted_unpacking_leaves_no_folder(
+    monkeypatch, tmp_path
+):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.txt").write_text("x")
     archive = tar(tmp_path / "other", tmp_path / "cifar-100-python.tar.gz")
@@ -176,7 +184,9 @@ def test_cifar_is_read_from_its_archive(monkeypatch, tmp_path, name):
     make_cifar(monkeypatch, tmp_path, name, per_class=2)
     data = load_data(name, str(tmp_path))
     n = 2 * len(data.classes)
-    pixels = np.random.RandomState(0).randint(0, 256, (n, 3072), dtype=np.uint8)  # the first numbers make_cifar draws
+    pixels = np.random.RandomState(0).randint(
+        0, 256, (n, 3072), dtype=np.uint8
+    )  # the first numbers make_cifar draws
     np.testing.assert_array_equal(data.train.x, pixels.reshape(n, 3, 32, 32))
     np.testing.assert_array_equal(data.train.y, np.arange(n) % len(data.classes))
     assert len(data.test) == 10 and data.classes[:2] == ["class 00", "class 01"]
@@ -217,32 +227,36 @@ def test_stl10_has_its_unlabeled_images_in_the_training_part(monkeypatch, tmp_pa
         monkeypatch.setattr(torchvision.datasets.STL10, attribute, rows)
     adopt(monkeypatch, "stl10", tar(folder, tmp_path / "stl10_binary.tar.gz"))
     data = load_data("stl10", str(tmp_path))
-    assert data.train.y.tolist() == [9, 0, 1, -1, -1] and data.test.y.tolist() == [2, 3] and data.classes == names
+    assert (
+        data.train.y.tolist() == [9, 0, 1, -1, -1]
+        and data.test.y.tolist() == [2, 3]
+        and data.classes == names
+    )
     np.testing.assert_array_equal(data.train.x, np.concatenate([images["train"], images["unlabeled"]]))
 
 
 FOODS = ["apple_pie", "waffles"]
 
 
-def make_food101(monkeypatch, root: Path, names: list[str], each: dict[str, int]) -> None:
+def make_food101(monkeypatch, root: Path, names: dict[str, list[str]], each: int) -> None:
     folder = root / "food-101"
     (folder / "meta").mkdir(parents=True)
-    for at, (part, n) in enumerate(each.items()):
-        lists = {name: [f"{name}/{at}{i}" for i in range(n)] for name in reversed(names)}
+    for at, part in enumerate(names):
+        lists = {name: [f"{name}/{at}{i}" for i in range(each)] for name in reversed(names[part])}
         (folder / "meta" / f"{part}.json").write_text(json.dumps(lists))
-        for y, file in enumerate(file for name in names for file in lists[name]):
+        for y, file in enumerate(file for name in names[part] for file in lists[name]):
             save(picture(1000 * at + y, 60, 40), folder / "images" / f"{file}.jpg", quality=95)
     adopt(monkeypatch, "food101", tar(folder, root / "food-101.tar.gz"))
 
 
 def test_food101_is_squashed_for_training_and_cropped_for_evaluation(monkeypatch, tmp_path):
-    make_food101(monkeypatch, tmp_path, FOODS, {"train": 2, "test": 1})
+    make_food101(monkeypatch, tmp_path, {"train": FOODS, "test": FOODS}, 2)
     data = load_data("food101", str(tmp_path))
     assert data.classes == ["apple pie", "waffles"]
     labels = sorted(zip(data.train.files, data.train.y.tolist(), strict=True))
     assert [(Path(file).parent.name, y) for file, y in labels] == [
         ("apple_pie", 0), ("apple_pie", 0), ("waffles", 1), ("waffles", 1)]  # fmt: skip
-    assert data.train.x.shape == (4, 3, 256, 256) and data.test.x.shape == (2, 3, 224, 224)
+    assert data.train.x.shape == (4, 3, 256, 256) and data.test.x.shape == (4, 3, 224, 224)
     for split, slow in ((data.train, squash), (data.test, short_side_and_center)):
         for file, x in zip(split.files, split.x, strict=True):
             np.testing.assert_array_equal(x.transpose(1, 2, 0), np.asarray(slow(Image.open(file))))
@@ -271,7 +285,10 @@ def make_flowers102(monkeypatch, root: Path, num_test: int = 102) -> list[int]:
     savemat(folder / "setid.mat", {"trnid": train[None], "valid": val[None], "tstid": test[None]})
     archive = tar(folder / "jpg", folder / "102flowers.tgz")
     adopt(monkeypatch, "flowers102", archive, folder / "imagelabels.mat", folder / "setid.mat")
-    sums = {key: (file, md5(folder / file)) for key, (file, _) in torchvision.datasets.Flowers102._file_dict.items()}
+    sums = {
+        key: (file, md5(folder / file))
+        for key, (file, _) in torchvision.datasets.Flowers102._file_dict.items()
+    }
     monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", sums)
     return [*train.tolist(), *val.tolist()]
 
@@ -281,21 +298,29 @@ def test_flowers102_trains_on_train_and_val(monkeypatch, tmp_path):
     data = load_data("flowers102", str(tmp_path))
     assert [Path(file).name for file in data.train.files] == [f"image_{i:05d}.jpg" for i in ids]
     assert data.train.y.tolist() == list(range(102)) and data.test.y.tolist() == list(range(102))
-    assert data.classes[0] == "pink primrose" and data.classes[48] == "oxeye daisy" and len(data.classes) == 102
+    assert (
+        data.classes[0] == "pink primrose" and data.classes[48] == "oxeye daisy" and len(data.classes) == 102
+    )
 
 
 def test_eurosat_keeps_the_last_fifth_of_every_class_for_test(monkeypatch, tmp_path):
     folder = tmp_path / "eurosat" / "2750"
-    folders = "AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River SeaLake"
-    for y, name in enumerate(folders.split()):
+    folders = (
+        "AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River SeaLake"
+    ).split()
+    for y, name in enumerate(folders):
         for i in range(1, 6):
             save(picture(10 * y + i, 64, 64), folder / name / f"{name}_{i}.jpg")
     adopt(monkeypatch, "eurosat", zipped(folder, tmp_path / "eurosat" / "EuroSAT.zip"))
     data = load_data("eurosat", str(tmp_path))
     assert data.train.x.shape == (40, 3, 32, 32) and data.test.x.shape == (10, 3, 32, 32)
-    assert [Path(file).stem for file in data.test.files] == [f"{name}_5" for name in folders.split()]
+    assert [Path(file).stem for file in data.test.files] == [f"{name}_5" for name in folders]
     assert data.test.y.tolist() == list(range(10))
-    assert data.classes[2] == "brushland or shrubland" and data.classes[9] == "lake or sea" and len(data.classes) == 10
+    assert (
+        data.classes[2] == "brushland or shrubland"
+        and data.classes[9] == "lake or sea"
+        and len(data.classes) == 10
+    )
 
 
 def test_resisc45_takes_its_test_part_from_the_list(monkeypatch, tmp_path):
@@ -355,7 +380,7 @@ def test_an_array_is_stored_once_again_after_a_change_and_never_half(tmp_path):
 
 
 def test_too_little_room_gives_one_line_before_decoding(monkeypatch, tmp_path):
-    make_food101(monkeypatch, tmp_path, FOODS, {"train": 1, "test": 1})
+    make_food101(monkeypatch, tmp_path, {"train": FOODS, "test": FOODS}, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(UserError, match="0.0 GB needed, 0.0 GB free"):
         load_data("food101", str(tmp_path))
@@ -387,11 +412,15 @@ def test_pictures_of_every_mode_are_read_as_what_they_show(tmp_path):
         np.testing.assert_array_equal(pixels(name, image), np.repeat(gray[:, :, None], 3, axis=2))
     np.testing.assert_array_equal(pixels("bits.png", rgb.convert("1")).max(), 255)
     clear = rgb.convert("RGBA")
-    clear.putalpha(Image.fromarray((red[:, :, 0] > 0).astype(np.uint8) * 255))  # the black part is transparent
+    clear.putalpha(
+        Image.fromarray((red[:, :, 0] > 0).astype(np.uint8) * 255)
+    )  # the black part is transparent
     expected = np.where(red.any(axis=2, keepdims=True), red, 255)
     np.testing.assert_array_equal(pixels("clear.png", clear), expected)
     index = rgb.quantize(8)
-    np.testing.assert_array_equal(pixels("clear_index.png", index, transparency=index.getpixel((20, 5))), expected)
+    np.testing.assert_array_equal(
+        pixels("clear_index.png", index, transparency=index.getpixel((20, 5))), expected
+    )
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     turned = pixels("turned.png", rgb, exif=exif)
@@ -417,13 +446,16 @@ def test_a_folder_of_pictures_of_every_mode_and_size(tmp_path, capsys):
     (root / "unlabeled" / "broken.jpg").write_bytes(b"no picture")
     (root / "unlabeled" / "cut.jpg").write_bytes((root / "test/cat/0.jpg").read_bytes()[:600])
     (root / "unlabeled" / ".DS_Store").write_bytes(b"x")
+    save(picture(1, 50, 50), root / "train" / "cat" / ".thumbnails" / "x.png")
     data = load_data(str(root), str(tmp_path / "data"))
     said = capsys.readouterr().out
     assert data.name == "pets" and data.classes == ["cat", "dog"]
     assert data.train.y.tolist() == [0] * 3 + [1] * 3 + [-1] * 7 and data.test.y.tolist() == [0, 0, 1, 1]
     assert data.train.x.shape == (13, 3, 256, 256) and data.test.x.shape == (4, 3, 224, 224)
     assert "2 unreadable" in said and "broken.jpg" in said and "cut.jpg" in said and "DS_Store" not in said
-    for file, x in zip(data.train.files, data.train.x, strict=True):  # the gaps of the unreadable ones are closed
+    for file, x in zip(
+        data.train.files, data.train.x, strict=True
+    ):  # the gaps of the unreadable ones are closed
         np.testing.assert_array_equal(x.transpose(1, 2, 0), np.asarray(squash(common.read_picture(file))))
     again = load_data(str(root), str(tmp_path / "data"))
     assert "unreadable" not in capsys.readouterr().out  # listed once
@@ -449,7 +481,9 @@ def test_test_pictures_in_the_training_part_are_refused_with_the_count_however_t
     for file in (root / "unlabeled").iterdir():
         file.unlink()
     assert len(load_data(str(root), str(tmp_path / "data")).train) == 6
-    shutil.copy(root / "train/cat/00.png", root / "test/cat/later.png")  # the stored training part is old by now
+    shutil.copy(
+        root / "train/cat/00.png", root / "test/cat/later.png"
+    )  # the stored training part is old by now
     with pytest.raises(UserError, match="1 pictures of the training part"):
         load_data(str(root), str(tmp_path / "data"))
 
@@ -554,7 +588,9 @@ def test_resized_crops_are_drawn_like_torchvisions():
     torch.manual_seed(0)
     n = 1200
     ramp = torch.arange(256, dtype=torch.uint8).expand(1, 1, 256, 256)  # the gray value is the column
-    theirs = torch.tensor([RandomResizedCrop.get_params(ramp[0], [0.08, 1], [3 / 4, 4 / 3]) for _ in range(n)]).float()
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(ramp[0], [0.08, 1], [3 / 4, 4 / 3]) for _ in range(n)]
+    ).float()
     x, rows = torch.cat([ramp, ramp.mT], dim=1).expand(200, -1, -1, -1), []
     for _ in range(n // 200):
         u, u_area = torch.rand(200, 3), torch.rand(200, common.AREA_DRAWS)
@@ -580,7 +616,9 @@ def test_every_image_of_a_batch_has_its_own_parameters_and_views_depend_on_nothi
     whole = common.strong_augment(x, u, 224, 0, 1)
     for i in (0, 3, 4):
         alone = common.strong_augment(x[i : i + 1], u[i : i + 1], 224, 0, 1)
-        assert (whole[i].int() - alone[0].int()).abs().max() <= 1  # matrix products may round in another order
+        assert (
+            whole[i].int() - alone[0].int()
+        ).abs().max() <= 1  # matrix products may round in another order
     same = common.strong_augment(x[:1].expand(5, -1, -1, -1), u, 224, 0, 1)
     assert len({bytes(row.numpy()) for row in same}) == 5
 
@@ -619,7 +657,12 @@ def test_published_recipes_are_those_of_the_papers_configuration():
         row = preset_of(name)
         assert (row.lr, row.layer_decay, row.num_steps, row.num_steps_stage1) == (lr, decay, steps, steps)
         assert (row.warmup_steps, row.eval_every, row.batch_size, row.uratio) == (warmup, every, 16, 1)
-        assert (row.optimizer, row.weight_decay, row.ema_decay, row.marginal_decay) == ("adamw", 5e-4, 0, 0.999)
+        assert (row.optimizer, row.weight_decay, row.ema_decay, row.marginal_decay) == (
+            "adamw",
+            5e-4,
+            0,
+            0.999,
+        )
 
 
 def test_the_wrn_brings_its_classic_recipe():
