@@ -990,11 +990,17 @@ def build_student(backbone: str, channels: int, size: int, num_classes: int) -> 
 
 
 def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None:
-    """Fill a text encoder with pre-trained weights: the backbone's (None), those of a folder, or "none"."""
+    """Fill a text encoder with pre-trained weights: the backbone's (None), those of a folder or id, or "none".
+
+    Raises UserError when they cannot be loaded or do not fit."""
     if isinstance(encoder, TextEncoder) and weights != "none":
         model = load_pretrained("AutoModel", weights or backbone, dtype=torch.float32)
         model.pooler = None
-        encoder.model.load_state_dict(model.state_dict())
+        try:
+            encoder.model.load_state_dict(model.state_dict())
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise UserError(f"--weights {weights}: do not fit {backbone} ({reason})") from None
 
 
 def param_groups(student: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
