@@ -1475,7 +1475,11 @@ def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None
         if weights != "none":
             model = load_pretrained("AutoModel", weights or backbone, dtype=torch.float32)
             model.pooler = None
-            encoder.model.load_state_dict(model.state_dict())
+            try:
+                encoder.model.load_state_dict(model.state_dict())
+            except RuntimeError as error:
+                reason = str(error).splitlines()[1].strip()
+                raise UserError(f"--weights {weights}: do not fit {backbone} ({reason})") from None
         return
     known = backbone in WEIGHTS
     if weights == "none" or (weights is None and backbone in ("cnn", "wrn_28_2")):

@@ -459,6 +459,14 @@ def test_weights_are_the_folders_unless_none_is_asked_for(tiny):
     assert torch.equal(a, b) and torch.equal(a, AutoModel.from_pretrained(tiny).state_dict()[name])
 
 
+def test_weights_of_another_encoder_are_one_clear_line(tiny, tmp_path):
+    other = make_bert(tmp_path, hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
+    with pytest.raises(UserError, match="--weights .* do not fit"):
+        common.load_weights(TextEncoder(tiny), tiny, other)
+    with pytest.raises(UserError, match="could not load it"):
+        common.load_weights(TextEncoder(tiny), tiny, str(tmp_path / "nowhere"))
+
+
 def test_heads_are_two_layers_and_the_auxiliary_one_starts_anew(tiny):
     student = common.build_student(tiny, 0, 60, 3)
     student.add_kd_head()
