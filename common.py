@@ -1849,9 +1849,10 @@ def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
 
     config = json.loads((Path(folder) / "config.json").read_text())
     encoder = Path(folder) / "encoder"
-    backbone = str(encoder) if encoder.exists() else config["backbone"]
+    if encoder.exists():
+        config["backbone"] = str(encoder)
     channels, num_classes = len(config["mean"]), len(config["classes"])
-    student = build_student(backbone, channels, config["size"], num_classes, config["num_extra"])
+    student = build_student(config["backbone"], channels, config["size"], num_classes, config["num_extra"])
     student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     return student.eval(), config
 

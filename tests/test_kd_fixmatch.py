@@ -390,7 +390,7 @@ def straight(tmp_path_factory):
 def test_a_run_reports_the_inner_network_the_outer_one_and_the_trusted_set(straight):
     folder, result = straight
     written = json.loads((folder / "result.json").read_text())
-    assert {"test_acc", "test_acc_median20", "outer_acc", "seconds", "args", "trusted"} == set(written)
+    assert {"test_acc", "test_acc_median20", "outer_acc", "seconds", "args", "trusted", "measured"} == set(written)
     assert written["args"].keys() == vars(kd.Args()).keys()
     inner, outer = (
         [r["test/acc"] for r in metrics(folder) if r["stage"] == s and "test/acc" in r] for s in (3, 1)

@@ -613,7 +613,7 @@ def test_without_a_test_part_a_run_reports_agreement_with_the_teacher(tmp_path, 
     assert data.test is None
     result = zeromatch.main(args)
     out = capsys.readouterr().out
-    assert "agreement with the teacher on 60 training examples" in out
+    assert "agreement with the teacher on training examples (60)" in out
     assert 0 <= result["test_acc"] <= 100 and result["teacher_acc"] is None
 
 
