@@ -1636,7 +1636,7 @@ class Run:
         while not resume and self.folder.exists():  # two runs in one second
             self.folder = self.folder.with_name(self.folder.name + "b")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.device, self.dtype, self.signal = device, dtype, 0
+        self.device, self.dtype, self.signal, self.warned = device, dtype, 0, False
         self.pending: list[dict[str, Any]] = []  # scalars of the steps since the last line
         self.history: list[list[float]] = []  # [stage, steps done, test accuracy] of every evaluation
         self.state: dict[str, Any] = {"stage": 0, "step": 0, "seconds": 0.0}
@@ -1705,6 +1705,11 @@ class Run:
         A mean leaves out NaN (a rate without a single case) except in a loss: Raises UserError
         naming the first loss and step that were not finite."""
         self.pending.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
+        hours = (num_steps - step) * (time.perf_counter() - self.mark) / len(self.pending) / 3600
+        if len(self.pending) == 3 and hours > 1 and not self.warned:
+            self.warned = True
+            print(f"stage {stage} takes about {hours:.0f} h on {self.device}; --num-steps, --batch-size, ", end="")
+            print("a smaller --backbone, --amp bf16 or a GPU make it shorter; it can be stopped and resumed", flush=True)
         if (step + 1) % log_every and step + 1 < num_steps:
             return
         rate = len(self.pending) / (time.perf_counter() - self.mark)

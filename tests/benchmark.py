@@ -216,10 +216,14 @@ def compare(
                 str(folder),
             )
             waiting.append(pool.submit(run_row, *arguments))
-        for finished in as_completed(waiting):
-            runs.append(finished.result())
-            common.write_atomically(path, json.dumps(runs).encode())
-            print(f"{runs[-1]['row']}, seed {runs[-1]['seed']}: {runs[-1]['test_acc']:.2f} %", flush=True)
+        try:
+            for finished in as_completed(waiting):
+                runs.append(finished.result())
+                common.write_atomically(path, json.dumps(runs).encode())
+                print(f"{runs[-1]['row']}, seed {runs[-1]['seed']}: {runs[-1]['test_acc']:.2f} %", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what was finished is in the file; nothing new is begun
+            raise
     runs = [r for r in runs if r["row"] in rows and r["seed"] in seeds]
     print(f"\n{dataset}, {num_labels} labels, seeds {' '.join(map(str, seeds))}\n\n{table(runs, zero_shot)}")
     if plot:
