@@ -79,9 +79,9 @@ PRESETS = {
     # backbone, size, pad, flip, mean, std | optimizer, lr, weight decay, layer decay | B, uratio, steps, of stage 1,
     # warm-up | decay of weights and of marginals, evaluate every
     "digits": Preset(
-        "cnn", 8, 1, False, (0.305,), (0.376,), "adamw", 4e-3, 1e-3, 1.0, 16, 4, 800, 400, 40, 0.99, 0.99, 40),
+        "cnn", 8, 1, False, (0.305,), (0.376,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 800, 400, 40, 0.99, 0.99, 40),
     "fashion_mnist": Preset(
-        "cnn", 28, 3, True, (0.286,), (0.353,), "adamw", 4e-3, 1e-3, 1.0, 16, 4, 1400, 600, 60, 0.99, 0.99, 70),
+        "cnn", 28, 3, True, (0.286,), (0.353,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 1400, 600, 60, 0.99, 0.99, 70),
 }
 # fmt: on
 
@@ -239,6 +239,7 @@ def load_digits(data_dir: str) -> Data:
 FASHION_CLASSES = (
     "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot".split(", ")
 )
+DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # package dataset-fashion-mnist
 FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FASHION_FILES = {  # name: md5, torchvision 0.29 datasets/mnist.py
     "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -250,7 +251,7 @@ FASHION_FILES = {  # name: md5, torchvision 0.29 datasets/mnist.py
 
 def load_fashion_mnist(data_dir: str) -> Data:
     """Fashion-MNIST, 60,000 + 10,000 images of 28x28, from Debian's folder or the publisher's files."""
-    folder = Path("/usr/share/datasets/fashion-mnist")
+    folder = Path(DEBIAN_FASHION)
     if not all((folder / name).exists() for name in FASHION_FILES):
         folder = Path(data_dir) / "fashion_mnist"
         for name, md5 in FASHION_FILES.items():
@@ -592,14 +593,15 @@ class WideResNet(nn.Module):
 
 
 class Student(nn.Module):
-    """Encoder + main head + (while `add_kd_head` was called) auxiliary distillation head.
+    """Encoder + main head + (after `add_kd_head`) auxiliary distillation head.
 
-    forward: batch -> (logits [n, K], logits_kd [n, K] or None, features [n, D])."""
+    forward: batch, extra inputs of the heads [n, num_extra] or None
+    -> (logits [n, K], logits_kd [n, K] or None, features [n, D])."""
 
-    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, encoder: nn.Module, num_classes: int, num_extra: int = 0) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.num_features, num_classes)
+        self.head = nn.Linear(encoder.num_features + num_extra, num_classes)
         self.kd_head: nn.Module | None = None
 
     def add_kd_head(self) -> None:
@@ -609,17 +611,19 @@ class Student(nn.Module):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         features = self.encoder(x)
+        if extra is not None:
+            features = torch.cat([features, extra.to(features)], dim=1)
         return self.head(features), None if self.kd_head is None else self.kd_head(features), features
 
 
-def build_student(backbone: str, channels: int, size: int, num_classes: int) -> Student:
+def build_student(backbone: str, channels: int, size: int, num_classes: int, num_extra: int = 0) -> Student:
     """A student for images of `channels` x `size` x `size`; the caller seeds torch first."""
     if backbone == "cnn":
-        return Student(SmallCNN(channels, size), num_classes)
+        return Student(SmallCNN(channels, size), num_classes, num_extra)
     if backbone == "wrn_28_2":
-        return Student(WideResNet(channels), num_classes)
+        return Student(WideResNet(channels), num_classes, num_extra)
     raise UserError(f"--backbone {backbone}: expected cnn or wrn_28_2")
 
 
@@ -673,14 +677,14 @@ def averaged_copy(student: nn.Module, decay: float) -> AveragedModel | Unaverage
 
 @torch.no_grad()
 def predict(
-    student: nn.Module, views: Views, autocast: Callable[[], Any] = nullcontext, batch: int = 500
+    student: nn.Module, views: Views, autocast: Any = nullcontext, extra: Tensor | None = None, batch: int = 500
 ) -> Tensor:
     """Class probabilities [N, K] float32 of the main head on the plain view of every example, on the CPU."""
     student.eval()
     probs = []
     for idx in torch.arange(len(views)).split(batch):
         with autocast():
-            logits, _, _ = student(views.plain(idx))
+            logits, _, _ = student(views.plain(idx), None if extra is None else extra[idx])
         probs.append(logits.float().softmax(dim=1).cpu())
     return torch.cat(probs)
 
@@ -726,7 +730,7 @@ class Run:
         self.state: dict[str, Any] = {"stage": 0, "step": 0, "seconds": 0.0}
         if (self.folder / "checkpoint.pt").exists():
             self.state = torch.load(self.folder / "checkpoint.pt", map_location=device, weights_only=True)
-            self.history = self.state["history"]
+            self.history, self.pending = self.state["history"], self.state["pending"]
         if not resume:
             self.write_json("args.json", args)
         self.write_json("env.json", environment(device))
@@ -753,7 +757,7 @@ class Run:
         write_atomically(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def describe(self, data: Data, labeled: np.ndarray, args: dict[str, Any]) -> None:
-        """Print what will be done: versions, split, settings, and the plan in steps and passes."""
+        """Print what will be done: versions, split, settings, plan in steps and passes; keep the labeled positions."""
         n, labels = len(data.train), len(labeled)
         steps, batch, uratio = args["num_steps"], args["batch_size"], args["uratio"]
         settings = "  ".join(f"{name} {value}" for name, value in args.items() if value is not None)
@@ -762,6 +766,7 @@ class Run:
         print(f"plan: {steps} steps x ({batch} labeled + {uratio * batch} unlabeled): ", end="")
         print(f"{steps * batch / labels:.0f} passes over the labels, {steps * uratio * batch / n:.1f} over the pool")
         print(settings)
+        write_atomically(self.folder / "labeled_idx.txt", "".join(f"{i}\n" for i in labeled).encode())
 
     def autocast(self) -> Any:
         """Context of the forward pass. Losses stay outside: a bfloat16 0.949 passes a 0.95 threshold."""
@@ -786,7 +791,7 @@ class Run:
 
         A mean leaves out NaN (a rate without a single case) except in a loss: Raises UserError
         naming the first loss and step that were not finite."""
-        self.pending.append(values)
+        self.pending.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
         if (step + 1) % log_every and step + 1 < num_steps:
             return
         rate = len(self.pending) / (time.perf_counter() - self.mark)
@@ -801,7 +806,7 @@ class Run:
     def _means(self, stage: int, step: int) -> dict[str, float]:
         names = list(self.pending[0])
         rows = [[torch.as_tensor(row[name], device=self.device).float() for name in names] for row in self.pending]
-        table = torch.stack([torch.stack(row) for row in rows]).detach().cpu()  # [steps, names]
+        table = torch.stack([torch.stack(row) for row in rows]).cpu()  # [steps, names]
         for name, column in zip(names, table.unbind(dim=1), strict=True):
             bad = (~column.isfinite()).nonzero()
             if name.startswith("loss") and len(bad):
@@ -840,8 +845,10 @@ class Run:
         with the previous checkpoint still there."""
         if self.pending:
             self._means(stage, step)  # raises: a run that has diverged is never saved
+        pending = [{name: float(value) for name, value in row.items()} for row in self.pending]
         state |= {name: part.state_dict() for name, part in parts.items()}
-        state |= {"stage": stage, "step": step + 1, "history": self.history, "seconds": self.seconds()}
+        state |= {"stage": stage, "step": step + 1, "seconds": self.seconds()}
+        state |= {"history": self.history, "pending": pending}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
@@ -898,10 +905,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def student_config(dataset: str, backbone: str, preset: Preset, classes: list[str]) -> dict[str, Any]:
+def student_config(
+    dataset: str, backbone: str, preset: Preset, classes: list[str], num_extra: int = 0
+) -> dict[str, Any]:
     """What it takes to use a student elsewhere: architecture, class names in order, preprocessing."""
     return {
-        "dataset": dataset, "backbone": backbone, "classes": classes,
+        "dataset": dataset, "backbone": backbone, "classes": classes, "num_extra": num_extra,
         "size": preset.size, "mean": preset.mean, "std": preset.std,
     }  # fmt: skip
 
@@ -921,7 +930,8 @@ def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
     from safetensors.torch import load_file
 
     config = json.loads((Path(folder) / "config.json").read_text())
-    student = build_student(config["backbone"], len(config["mean"]), config["size"], len(config["classes"]))
+    channels, num_classes = len(config["mean"]), len(config["classes"])
+    student = build_student(config["backbone"], channels, config["size"], num_classes, config["num_extra"])
     student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     return student.eval(), config
 
@@ -946,7 +956,7 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
             args = tyro.cli(args_type, default=saved, description=about)
             for field in dataclasses.fields(args_type):
                 was, now = getattr(saved, field.name), getattr(args, field.name)
-                if was != now:
+                if was != now and field.name not in ("data_dir", "runs_dir", "device"):
                     flag = "--" + field.name.replace("_", "-")
                     raise UserError(
                         f"{flag} {now}: the run to resume has {was}; leave the flag out or start a new run"

@@ -1,0 +1,358 @@
+"""AdaMatch: semi-supervised learning with a relative threshold and distribution alignment.
+
+Paper: "AdaMatch: A Unified Approach to Semi-Supervised Learning and Domain Adaptation", ICLR 2022,
+arXiv:2106.04732. Code of the authors: google-research/adamatch @7a0b40c ("GAM"). Equations are named,
+not numbered: the paper's numbering was not at hand.
+
+A label that the network itself gives to the WEAK view of an unlabeled image trains it on the STRONG
+view. Which labels count adapts: the weak view's class probabilities are first aligned to the class
+marginals of the labeled data, then kept where their maximum reaches c_tau, a share tau of the mean
+confidence on the labeled batch.
+
+    loss = loss_s + mu_t * lambda_u * loss_u
+
+    loss_s   cross-entropy on labeled views with their true labels
+    loss_u   cross-entropy on unlabeled strong views with the weak view's hard label, 0 below c_tau
+             (mean over all unlabeled examples); no gradient through the weak view
+The averaged weights are evaluated; the reported accuracy is that of the last evaluation.
+
+    variant              zeromatch (default)              original (GAM)
+    labeled views        weak                             weak and strong, loss_s is their mean
+    logit interpolation  none                             labeled batch alone and jointly, below
+    p_ulb                running average, marginal_decay  mean of the last 128 batches' means
+    mu_t                 1                                half a cosine from 0 to 1 over the first half
+    --tau                0.95                             0.9
+The default is stage 2 of zeromatch.py without the teacher, hyper-parameter by hyper-parameter, so that
+the two can be compared; optimizer and schedule are the preset's in both variants.
+
+Random logit interpolation: the labeled batch is passed alone and together with the unlabeled one. Only
+batch statistics make the two differ, so networks without them (ViT, BERT) skip it: there it has no effect.
+
+    python adamatch.py                              handwritten digits, 10 labels
+    python adamatch.py --variant original
+    python adamatch.py --supervised-only            baseline: labeled data alone
+    python adamatch.py --feature-input              baseline: the teacher's label is an input of the head
+
+Departures from the original code
+  A1  Strong views are those of common.py (RandAugment, Cutout) in both variants; GAM's are CTAugment.
+  A2  Optimizer and schedule of the preset with a 7/16 cosine; GAM: SGD, no Nesterov, lr 0.03, cosine to a quarter.
+  A3  Reported is the last evaluation and the median of the last 20.
+  Departures in the data path are numbered in common.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import (
+    Run, UserError, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student, check_arguments, cli,
+    draw_labeled, fill_from_preset, load_data, predict, preset_of, pseudo_label_accuracy, save_student, seed_step,
+    setup_device, student_config,
+)  # fmt: skip
+from pseudolabel import default_labels, read_labels
+
+# ---------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class Args:
+    # run
+    dataset: str = "digits"
+    """Data set: a name of common.PRESETS."""
+    num_labels: int = 10
+    """Labeled examples in all, the same number of every class."""
+    seed: int = 0
+    """Decides the labeled examples, the initial weights, the batches and every random view."""
+    pseudolabels: str | None = None
+    """Teacher's labels of the training part, read only with --feature-input; unset: found or made."""
+    pseudolabels_test: str | None = None
+    """Teacher's labels of the test part, which --feature-input needs too."""
+    data_dir: str = "data"
+    """Where data sets and label files are kept."""
+    runs_dir: str = "runs"
+    """Where a folder for this run is made."""
+    resume: str | None = None
+    """Folder of a run to go on with; its arguments are kept."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: the best there is."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Precision of the forward pass; losses are always float32. auto: bf16 where it is native."""
+    compile: bool = False
+    """Compile the student with torch.compile: slow first step, then faster, mostly on GPUs."""
+    log_every: int = 20
+    """Steps from one printed line to the next."""
+    eval_every: int | None = None
+    """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
+    # model
+    backbone: str | None = None
+    """Encoder: cnn or wrn_28_2."""
+    # optimization
+    num_steps: int | None = None
+    """Updates of the network. Alone, it also scales the warm-up and --eval-every."""
+    batch_size: int | None = None
+    """B: labeled examples a step."""
+    uratio: int | None = None
+    """Unlabeled examples per labeled one: B_u = uratio * B."""
+    optimizer: Literal["adamw", "sgd"] | None = None
+    """sgd has Nesterov momentum 0.9."""
+    lr: float | None = None
+    """Peak learning rate, of the heads where --layer-decay is below 1."""
+    weight_decay: float | None = None
+    """Weight decay of matrices and kernels; biases and norms have none."""
+    layer_decay: float | None = None
+    """Learning-rate factor in (0, 1] from one layer to the one below it."""
+    warmup_steps: int | None = None
+    """Steps of linear learning-rate warm-up."""
+    ema_decay: float | None = None
+    """Decay in [0, 1) of the averaged weights that are evaluated; 0: the trained weights are."""
+    # method
+    variant: Literal["zeromatch", "original"] = "zeromatch"
+    """zeromatch: as in stage 2 of ZeroMatch. original: as in the paper's own code."""
+    supervised_only: bool = False
+    """Baseline: labeled weak views alone; unlabeled data is not touched."""
+    feature_input: bool = False
+    """Baseline: the head also sees the teacher's one-hot label, in training and at test time."""
+    tau: float | None = None
+    """Relative threshold in (0, 1]: multiplies the mean confidence on the labeled batch. Unset: the variant's."""
+    lambda_u: float = 1.0
+    """Weight of loss_u."""
+    marginal_decay: float | None = None
+    """Decay of the running class marginals p_lb and p_ulb."""
+
+
+# ---------------------------------------------------------------------------- the method
+# Sizes: B labeled, B_u unlabeled examples a step, K classes. Functions that zeromatch.py or
+# kd_fixmatch.py need too stand there word for word.
+
+
+def lr_at(step: int, num_steps: int, warmup_steps: int) -> float:
+    """t / warmup up to the warm-up's end, then cos(7/16 pi * (t - warmup) / (T - warmup)): ends at 0.195.
+
+    Factor of the peak learning rate at step t of T. Source: ZM semilearn/core/utils/build.py."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    return math.cos(7 / 16 * math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps))
+
+
+def mu_at(step: int, num_steps: int) -> float:
+    """mu_t = 1/2 - cos(min(pi, 2 pi t / T)) / 2: from 0 to 1 over the first half, then 1.
+
+    Source: GAM semi_supervised/adamatch.py."""
+    return 0.5 - 0.5 * math.cos(min(math.pi, 2 * math.pi * step / num_steps))
+
+
+def interpolate_logits(logits_joint: Tensor, logits_alone: Tensor, lam: Tensor) -> Tensor:
+    """Random logit interpolation: logits_joint + lam * (logits_alone - logits_joint), one lam per logit.
+
+    [n, K] each, lam in [0, 1); the gradient flows through both passes. GAM semi_supervised/adamatch.py."""
+    return logits_joint + lam * (logits_alone - logits_joint)
+
+
+def update_window(window: Tensor, probs: Tensor, step: int) -> Tensor:
+    """The last 128 batch means with this one in the oldest's place; p_ulb = their mean (original variant).
+
+    [128, K], [n, K] -> [128, K]. Source: GAM semi_supervised/adamatch.py."""
+    window = window.clone()
+    window[step % len(window)] = probs.mean(dim=0)
+    return window
+
+
+def update_marginal(p: Tensor | None, probs: Tensor, decay: float) -> Tensor:
+    """p <- decay * p + (1 - decay) * mean_i probs_i; the batch's mean itself where p is None.
+
+    [K] or None, [n, K] -> [K]. Source: ZM algorithms/hooks/dist_align.py."""
+    mean = probs.mean(dim=0)
+    return mean if p is None else decay * p + (1 - decay) * mean
+
+
+def align(probs: Tensor, p_lb: Tensor, p_ulb: Tensor) -> Tensor:
+    """Distribution alignment: probs_ik * p_lb_k / p_ulb_k, scaled to sum to 1 over k.
+
+    [n, K], [K], [K] -> [n, K]. 1e-6 keeps an empty class finite (google-research/adamatch)."""
+    aligned = probs * (p_lb + 1e-6) / (p_ulb + 1e-6)
+    return aligned / aligned.sum(dim=1, keepdim=True)
+
+
+def relative_threshold(probs_lb: Tensor, tau: float) -> Tensor:
+    """c_tau = tau * mean_i max_k probs_lb_ik, of the labeled batch before alignment. [B, K] -> scalar."""
+    return tau * probs_lb.max(dim=1).values.mean()
+
+
+def hard_labels(probs: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
+    """pseudo_label_i = argmax_k probs_ik and mask_i = [max_k probs_ik >= threshold].
+
+    [n, K] -> [n] int64, [n] float 0 or 1."""
+    max_prob, pseudo_label = probs.max(dim=1)
+    return pseudo_label, (max_prob >= threshold).float()
+
+
+def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -> Tensor:
+    """loss_u = 1 / B_u * sum_i mask_i * CE(logits_ulb_s_i, pseudo_label_i); masked rows count in B_u.
+
+    [B_u, K], [B_u] int64, [B_u] -> scalar."""
+    return (F.cross_entropy(logits_ulb_s, pseudo_label, reduction="none") * mask).mean()
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def forward(student: nn.Module, x: Tensor, y_zs: Tensor | None, idx: Tensor, run: Run) -> Tensor:
+    """Logits [n, K] in float32 (thresholds and losses need it); y_zs [N, K]: extra inputs of the head."""
+    with run.autocast():
+        logits, _, _ = student(x, None if y_zs is None else y_zs[idx])
+    return logits.float()
+
+
+def forward_and_forget(student: nn.Module, x: Tensor, y_zs: Tensor | None, idx: Tensor, run: Run) -> Tensor:
+    """`forward` that leaves the running batch statistics as they were."""
+    kept = [buffer.clone() for buffer in student.buffers()]
+    logits = forward(student, x, y_zs, idx, run)
+    for buffer, value in zip(student.buffers(), kept, strict=True):
+        buffer.data.copy_(value)  # .data: the backward pass uses the batch's own statistics
+    return logits
+
+
+def train_adamatch(
+    student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views, test: Views, args: Args, run: Run,
+    y_zs: Tensor | None = None, y_zs_test: Tensor | None = None,
+) -> nn.Module:  # fmt: skip
+    """Train as `args` say and return the network to evaluate.
+
+    labeled_idx [num_labels] are positions in `train`, y_lb_all their labels. The unlabeled pool is all
+    of `train`, labeled examples included. train.y beyond the labeled ones is read in the line that
+    logs the pseudo-labels' accuracy, and nowhere else. y_zs [N, K], y_zs_test: only --feature-input."""
+    optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
+    ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()
+    parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    first_step, state = run.restore(1, parts)
+    num_classes, original = student.head.out_features, args.variant == "original"
+    p_lb = state.get("p_lb", torch.full((num_classes,), 1 / num_classes, device=run.device))  # starts uniform
+    p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
+    window = state.get("window", torch.full((128, num_classes), 1 / num_classes, device=run.device))
+    coupled = student.encoder.batch_statistics
+    B, B_u = args.batch_size, args.uratio * args.batch_size
+
+    for step in range(first_step, args.num_steps):
+        seed_step(args.seed, "adamatch", step)
+        lr = args.lr * lr_at(step, args.num_steps, args.warmup_steps)
+        mu_t = mu_at(step, args.num_steps) if original else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+        at_lb = batch_at(len(labeled_idx), B, args.seed, step)
+        idx_lb, y_lb = labeled_idx[at_lb], y_lb_all[at_lb]
+        idx_ulb = batch_at(len(train), B_u, args.seed, step)
+        x_lb = train.weak(idx_lb)
+        if original:  # labeled weak and strong views: loss_s is the mean over both
+            x_lb, idx_lb, y_lb = torch.cat([x_lb, train.strong(idx_lb)]), idx_lb.repeat(2), y_lb.repeat(2)
+
+        student.train()
+        if args.supervised_only:
+            loss = loss_s = F.cross_entropy(forward(student, x_lb, y_zs, idx_lb, run), y_lb)
+            values = {"loss": loss, "loss_s": loss_s}
+        else:
+            x_ulb_w, x_ulb_s = train.weak(idx_ulb), train.strong(idx_ulb)
+            if coupled:  # one pass: batch statistics are those of the joint batch
+                x, idx = torch.cat([x_lb, x_ulb_w, x_ulb_s]), torch.cat([idx_lb, idx_ulb, idx_ulb])
+                logits_lb, logits_ulb_w, logits_ulb_s = forward(student, x, y_zs, idx, run).split([len(x_lb), B_u, B_u])
+            else:  # no row depends on another and nothing learns from the weak view: no gradient there
+                with torch.no_grad():
+                    logits_ulb_w = forward(student, x_ulb_w, y_zs, idx_ulb, run)
+                x, idx = torch.cat([x_lb, x_ulb_s]), torch.cat([idx_lb, idx_ulb])
+                logits_lb, logits_ulb_s = forward(student, x, y_zs, idx, run).split([len(x_lb), B_u])
+            if original and coupled:
+                logits_alone = forward_and_forget(student, x_lb, y_zs, idx_lb, run)
+                logits_lb = interpolate_logits(logits_lb, logits_alone, torch.rand_like(logits_lb))
+
+            probs_lb, probs_ulb_w = logits_lb[:B].detach().softmax(dim=1), logits_ulb_w.detach().softmax(dim=1)
+            p_lb = update_marginal(p_lb, probs_lb, args.marginal_decay)  # both updated before use
+            if original:
+                window = update_window(window, probs_ulb_w, step)
+                p_ulb = window.mean(dim=0)
+            else:
+                p_ulb = update_marginal(p_ulb, probs_ulb_w, args.marginal_decay)
+            c_tau = relative_threshold(probs_lb, args.tau)
+            pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
+
+            loss_s = F.cross_entropy(logits_lb, y_lb)
+            loss_u = loss_consistency(logits_ulb_s, pseudo_label, mask)
+            loss = loss_s + mu_t * args.lambda_u * loss_u
+            values = {
+                "loss": loss, "loss_s": loss_s, "u_weight": mu_t * args.lambda_u, "loss_u": loss_u, "mu_t": mu_t,
+                "mask_rate": mask.mean(), "c_tau": c_tau, **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
+            }  # fmt: skip
+
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        ema.update_parameters(student)
+
+        line = "loss {loss:.3f} = s" if args.supervised_only else LINE
+        run.log(1, step, args.num_steps, args.log_every, line, **values, lr=lr)
+        evaluate = (step + 1) % args.eval_every == 0 or step + 1 == args.num_steps
+        if evaluate:
+            run.evaluated(1, step, accuracy(predict(ema.module, test, run.autocast, y_zs_test), test.y))
+        if evaluate or run.save_due():
+            run.save(1, step, parts, p_lb=p_lb, p_ulb=p_ulb, window=window)
+    return ema.module
+
+
+LINE = (
+    "loss {loss:.3f} = s {loss_s:.3f} + {u_weight:.2f}*u {loss_u:.3f}"
+    " | mask {mask_rate:.2f} c_tau {c_tau:.2f} pl_acc {pl_acc_masked:.1f}"
+)
+
+# ---------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Train as `args` say; returns what is written to result.json. Raises UserError."""
+    preset = preset_of(args.dataset)
+    tau = (0.9 if args.variant == "original" else 0.95) if args.tau is None else args.tau
+    args = replace(args, tau=tau, **fill_from_preset(vars(args), preset))
+    check_arguments(vars(args))
+    data = load_data(args.dataset, args.data_dir)
+    labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
+    zero_shot = [None, None]
+    if args.feature_input:
+        paths = (args.pseudolabels, args.pseudolabels_test)
+        paths = default_labels(data, args.data_dir) if paths == (None, None) else paths
+        if None in paths:
+            raise UserError("--feature-input needs label files of both parts: --pseudolabels and --pseudolabels-test")
+        zero_shot = [read_labels(path, data, split)[0] for path, split in zip(paths, ("train", "test"), strict=True)]
+
+    device, dtype = setup_device(args.device, args.amp, args.backbone)
+    name = f"adamatch-{args.dataset}-{args.num_labels}-seed{args.seed}"
+    run = Run(args.runs_dir, name, asdict(args), device, dtype)
+    run.describe(data, labeled, vars(args))
+    train, test = Views(data.train, preset, device), Views(data.test, preset, device)
+    labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
+    k, extra = len(data.classes), len(data.classes) if args.feature_input else 0
+    # one-hot rows, all zero where the teacher abstained
+    one_hot = torch.eye(k + 1, k, device=device)
+    y_zs, y_zs_test = (None if z is None else one_hot[torch.from_numpy(z)] for z in zero_shot)
+
+    seed_step(args.seed, "weights", 0)
+    student = build_student(args.backbone, len(preset.mean), preset.size, k, extra).to(device)
+    if args.compile:
+        student.compile()
+    evaluated = train_adamatch(student, labeled_idx, y_lb_all, train, test, args, run, y_zs, y_zs_test)
+
+    config = student_config(args.dataset, args.backbone, preset, data.classes, extra)
+    save_student(run.folder / "student", evaluated, config)
+    result = run.result(stage=1)
+    run.write_json("result.json", result | {"args": asdict(args)})
+    print(f"\n{args.dataset}, {args.num_labels} labels: accuracy on {len(data.test)} test examples, last evaluation")
+    print(f"  {'supervised only' if args.supervised_only else 'AdaMatch':30} {result['test_acc']:.2f} %")
+    return result
+
+
+if __name__ == "__main__":
+    cli(Args, main)

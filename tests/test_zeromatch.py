@@ -1,0 +1,135 @@
+"""The equations of zeromatch.py: by hand, by a slow loop, and by their limits."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import zeromatch as zm
+
+
+def test_learning_rate_warms_up_from_zero_and_ends_at_a_fifth():
+    assert zm.lr_at(0, 100, 10) == 0 and zm.lr_at(5, 100, 10) == 0.5 and zm.lr_at(10, 100, 10) == 1
+    assert zm.lr_at(55, 100, 10) == pytest.approx(math.cos(7 * math.pi / 32))
+    assert zm.lr_at(100, 100, 10) == pytest.approx(0.19509, abs=1e-5)
+    assert zm.lr_at(0, 10, 0) == 1
+
+
+def test_alpha_runs_linearly_from_zero_to_one_or_stays_one():
+    assert [zm.alpha_at(t, 5, "linear") for t in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [zm.alpha_at(t, 5, "none") for t in range(5)] == [1] * 5
+    assert zm.alpha_at(0, 1, "linear") == 0  # a single step does not divide by zero
+
+
+def test_marginal_starts_at_the_batch_mean_and_moves_by_the_decay():
+    probs = torch.tensor([[0.8, 0.2], [0.4, 0.6]])
+    assert torch.allclose(zm.update_marginal(None, probs, 0.9), torch.tensor([0.6, 0.4]))
+    moved = zm.update_marginal(torch.tensor([0.5, 0.5]), probs, 0.9)
+    assert torch.allclose(moved, torch.tensor([0.51, 0.49]))
+
+
+def test_alignment_by_hand():
+    probs = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
+    aligned = zm.align(probs, torch.tensor([0.5, 0.5]), torch.tensor([0.8, 0.2]))
+    # row 1: 0.5 * 0.5 / 0.8 = 0.3125 and 0.5 * 0.5 / 0.2 = 1.25, normalized 0.2 and 0.8
+    assert torch.allclose(aligned[0], torch.tensor([0.2, 0.8]), atol=1e-4)
+    assert torch.allclose(aligned[1], torch.tensor([0.5625, 0.25]) / 0.8125, atol=1e-4)
+
+
+def test_alignment_is_not_a_noop_for_skewed_marginals_and_is_one_for_equal_ones():
+    probs = torch.rand(50, 7, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    uniform = torch.full((7,), 1 / 7)
+    skewed = torch.tensor([7.0, 1, 1, 1, 1, 1, 1]).softmax(dim=0)
+    assert torch.allclose(zm.align(probs, skewed, skewed), probs, atol=1e-6)
+    changed = zm.align(probs, uniform, skewed)
+    assert (changed - probs).abs().max() > 0.05
+    assert (changed[:, 0] < probs[:, 0]).all()  # the over-predicted class loses in every row
+    assert torch.allclose(changed.sum(dim=1), torch.ones(50), atol=1e-6)
+    assert zm.align(probs, uniform, torch.eye(7)[0]).isfinite().all()  # classes never predicted so far
+
+
+def test_threshold_and_hard_labels_by_hand():
+    probs_lb = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.1, 0.7]])
+    c_tau = zm.relative_threshold(probs_lb, 0.95)
+    assert c_tau.item() == pytest.approx(0.95 * 0.8)
+    label, mask = zm.hard_labels(torch.tensor([[0.1, 0.77, 0.13], [0.75, 0.2, 0.05], [0.0, 0.0, 1.0]]), c_tau)
+    assert label.tolist() == [1, 0, 2] and mask.tolist() == [1, 0, 1]
+    assert zm.hard_labels(probs_lb, 0.0)[1].tolist() == [1, 1]  # tau 0 keeps all
+    assert zm.hard_labels(torch.tensor([[0.95, 0.05]]), 0.95)[1].tolist() == [1]  # reaching is enough
+
+
+def test_consistency_loss_divides_by_all_rows_kept_or_not():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    loss = zm.loss_consistency(logits, torch.tensor([0, 0]), torch.tensor([1.0, 0.0]))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)) / 2)
+    assert zm.loss_consistency(logits, torch.tensor([0, 0]), torch.zeros(2)).item() == 0
+
+
+def test_distillation_loss_of_an_abstaining_teacher_is_zero_and_counts():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    loss = zm.loss_distillation(logits, torch.tensor([0, -1]))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)) / 2)
+    loss.backward()
+    assert logits.grad[1].abs().sum() == 0 and logits.grad[0].abs().sum() > 0
+    assert zm.loss_distillation(logits.detach(), torch.tensor([-1, -1])).item() == 0  # not NaN
+
+
+def reference_step(
+    logits_lb, logits_w, logits_s, kd_lb, kd_w, y, zs_lb, zs_ulb, p_lb, p_ulb, decay, tau, ramp
+):
+    """One stage-2 step row by row in float64, written from the description of the published code."""
+    soft = lambda row: np.exp(row - row.max()) / np.exp(row - row.max()).sum()  # noqa: E731
+    ce = lambda row, k: -np.log(soft(row)[k])  # noqa: E731
+    probs_lb, probs_w = [soft(r) for r in logits_lb], [soft(r) for r in logits_w]
+    p_lb = decay * p_lb + (1 - decay) * np.mean(probs_lb, axis=0)
+    p_ulb = (
+        np.mean(probs_w, axis=0) if p_ulb is None else decay * p_ulb + (1 - decay) * np.mean(probs_w, axis=0)
+    )
+    threshold = tau * np.mean([p.max() for p in probs_lb])
+    unsup = 0.0
+    for weak, strong in zip(probs_w, logits_s):
+        aligned = weak * (p_lb + 1e-6) / (p_ulb + 1e-6)
+        aligned = aligned / aligned.sum()
+        if aligned.max() >= threshold:
+            unsup += ce(strong, aligned.argmax()) / len(logits_s)
+    sup = np.mean([ce(r, k) for r, k in zip(logits_lb, y)])
+    kd = np.mean([ce(r, k) for r, k in zip(np.concatenate([kd_lb, kd_w]), np.concatenate([zs_lb, zs_ulb]))])
+    return sup, unsup, kd, sup + unsup + ramp * kd, p_lb, p_ulb
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_stage_2_losses_and_marginals_equal_a_slow_second_opinion(seed, first):
+    rng = np.random.RandomState(seed)
+    B, B_u, K = 6, 15, 5
+    a, w, s, ka, kw = (rng.randn(n, K) * 3 for n in (B, B_u, B_u, B, B_u))
+    y, zs_lb, zs_ulb = rng.randint(K, size=B), rng.randint(K, size=B), rng.randint(K, size=B_u)
+    p_lb, p_ulb = np.full(K, 1 / K), None if first else rng.dirichlet(np.ones(K))
+    expected = reference_step(a, w, s, ka, kw, y, zs_lb, zs_ulb, p_lb, p_ulb, 0.999, 0.7, 0.3)
+
+    t = lambda v: (
+        torch.from_numpy(np.asarray(v)).float() if np.asarray(v).dtype.kind == "f" else torch.from_numpy(v)
+    )  # noqa: E731
+    probs_lb, probs_w = t(a).softmax(dim=1), t(w).softmax(dim=1)
+    q_lb = zm.update_marginal(t(p_lb), probs_lb, 0.999)
+    q_ulb = zm.update_marginal(None if first else t(p_ulb), probs_w, 0.999)
+    label, mask = zm.hard_labels(zm.align(probs_w, q_lb, q_ulb), zm.relative_threshold(probs_lb, 0.7))
+    assert 0 < mask.mean() < 1  # the case is not a trivial one
+    ours = [
+        F.cross_entropy(t(a), t(y)).item(),
+        zm.loss_consistency(t(s), label, mask).item(),
+        zm.loss_distillation(torch.cat([t(ka), t(kw)]), torch.cat([t(zs_lb), t(zs_ulb)])).item(),
+    ]
+    assert ours == pytest.approx(expected[:3], rel=1e-5)
+    assert ours[0] + ours[1] + 0.3 * ours[2] == pytest.approx(expected[3], rel=1e-5)
+    assert np.allclose(q_lb, expected[4], atol=1e-6) and np.allclose(q_ulb, expected[5], atol=1e-6)
+
+
+def test_consistency_gradient_is_softmax_minus_one_hot_on_kept_rows_only():
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    label, mask = torch.tensor([0, 1, 2, 0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    zm.loss_consistency(logits, label, mask).backward()
+    expected = (logits.detach().softmax(dim=1) - F.one_hot(label, 3)) * mask[:, None] / 4
+    assert torch.allclose(logits.grad, expected, atol=1e-7)
