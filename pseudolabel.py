@@ -65,7 +65,7 @@ from tqdm import tqdm
 
 from common import (
     Data, SmallCNN, Split, Student, UserError, Views, cli, load_data, load_student, predict, preset_of, seed_step,
-    setup_device,
+    setup_device, write_atomically,
 )  # fmt: skip
 
 Rows = Iterator[dict[str, Any]]
@@ -260,6 +260,13 @@ def rows_of(idx: list[int], probs: Tensor) -> Rows:
         raise UserError("the teacher's probabilities are not finite; try --device cpu")
     for index, row in zip(idx, probs.float().cpu(), strict=True):
         yield {"index": index, "label": int(row.argmax()), "probs": [round(p, 5) for p in row.tolist()]}
+
+
+def write_labels(path: Path, header: dict[str, Any], probs: np.ndarray) -> None:
+    """A whole label file from probabilities [N, K]; it appears only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [header, *rows_of(list(range(len(probs))), torch.as_tensor(probs))]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def chunks(todo: list[int], size: int) -> list[list[int]]:
@@ -489,7 +496,8 @@ def label_with_clip(data: Data, todo: list[int], args: Args, prompt: str) -> Row
     model, device = load_model("AutoModelForZeroShotImageClassification", args)
     processor = load_pretrained("AutoProcessor", args.model)
     padding = "max_length" if "siglip" in model.config.model_type else True  # SigLIP has seen no other length
-    tokens = [processor(text=row, padding=padding, truncation=True, return_tensors="pt") for row in phrases]
+    style = {"truncation": True, "max_length": model.config.text_config.max_position_embeddings, "return_tensors": "pt"}
+    tokens = [processor(text=row, padding=padding, **style) for row in phrases]
     text = ensemble([clip_features(model.get_text_features, **t.to(device)) for t in tokens])  # [K, D]
     for idx in chunks(todo, args.batch_size):
         pixels = processor(images=[picture(x[i]) for i in idx], return_tensors="pt")["pixel_values"]
@@ -533,7 +541,7 @@ def answer_log_probs(model: Any, ids: Tensor, mask: Tensor, answers: list[Tensor
         extra = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "logits_to_keep": 1}
         extra = {name: value for name, value in extra.items() if name in known}
         prompt = model(input_ids=ids, attention_mask=mask, use_cache=True, **extra)
-    for answer in (answer.expand(len(ids), -1) for answer in answers):  # [n, L]
+    for answer in (answer.repeat(len(ids), 1) for answer in answers):  # [n, L]
         if seq2seq:
             logits = model(encoder_outputs=encoded, attention_mask=mask, labels=answer).logits
         else:
@@ -585,7 +593,6 @@ def label_with_text_model(data: Data, todo: list[int], args: Args, prompt: str) 
 # ---------------------------------------------------------------------------- teacher: a chat endpoint
 
 ATTEMPTS, LONGEST_WAIT = 8, 600  # requests for one example in one run; seconds that an endpoint may ask to wait
-OPTIONS = ("max_tokens", "max_completion_tokens", "temperature", "response_format", "top_logprobs", "logprobs")
 OWN_FAULT = "content_filter|content_policy_violation|context_length_exceeded"  # of one example, not of the request
 NO_QUOTA = "insufficient_quota|billing"
 BROKEN = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)  # no or odd reply
@@ -688,16 +695,18 @@ class Endpoint:
         return text.replace(self.key, "[key]") if self.key else text
 
     def without(self, problem: str, options: dict[str, Any]) -> bool:
-        """Leave out from now on the option that a refusal names, max_tokens for its new name; False: it names none."""
-        named = [name for name in OPTIONS if name in options and re.search(rf"\b{name}\b", problem)]
-        for name in named[:1]:
-            with self.lock:
-                value = self.options.pop(name, None)  # None: another request was quicker
-                if name == "logprobs":
-                    self.options.pop("top_logprobs", None)
-                if name == "max_tokens" and value:
-                    self.options["max_completion_tokens"] = value
-        return bool(named)
+        """Leave out from now on the option that a refusal names first; max_tokens gets its new name. False: none."""
+        named = {match.start(): name for name in options if (match := re.search(rf"\b{name}\b", problem))}
+        if not named:
+            return False
+        name = named[min(named)]
+        with self.lock:
+            value = self.options.pop(name, None)  # None: another request was quicker
+            if name == "logprobs":
+                self.options.pop("top_logprobs", None)
+            if name == "max_tokens" and value:
+                self.options["max_completion_tokens"] = value
+        return True
 
     def read(self, reply: Any) -> dict[str, Any]:
         """Label, raw answer and, where they were sent, probabilities of a reply; its tokens are counted in any case."""
@@ -721,6 +730,14 @@ class Endpoint:
         return row
 
 
+def data_url(x: np.ndarray, size: int) -> str:
+    """An image [C, H, W] as PNG, its longer side resized to `size` pixels."""
+    image, png = picture(x), io.BytesIO()
+    sides = [max(1, round(side * size / max(image.size))) for side in image.size]
+    image.resize(sides, resample=3).save(png, "PNG")  # 3: bicubic
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
 def label_with_chat(data: Data, todo: list[int], args: Args, prompt: str) -> Rows:
     """Rows in the order in which answers come; the first request goes alone and shows what the endpoint takes.
 
@@ -734,12 +751,8 @@ def label_with_chat(data: Data, todo: list[int], args: Args, prompt: str) -> Row
     def question(i: int) -> Any:
         if hasattr(part, "texts"):
             return f"{how}\n\n{fill(prompt, part.texts[i][: args.max_chars], options)}"
-        image, png = picture(part.x[i]), io.BytesIO()
-        scale = args.image_size / max(image.size)
-        image.resize([max(1, round(side * scale)) for side in image.size], 3).save(png, "PNG")  # 3: bicubic
-        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
         text = {"type": "text", "text": f"{how}\n\n{fill(prompt, '', options)}"}
-        return [text, {"type": "image_url", "image_url": {"url": url}}]
+        return [text, {"type": "image_url", "image_url": {"url": data_url(part.x[i], args.image_size)}}]
 
     def note_signal(number: int, frame: Any) -> None:
         endpoint.stop.set()
@@ -924,8 +937,9 @@ def summary(path: Path, rows: list[dict[str, Any]], data: Data, args: Args) -> d
     print("labels of a class:", ", ".join(most if len(most) <= 20 else most[:10] + ["..."] + most[-10:]))
     if any(used):
         share = len(y) / max(1, result["labeled"])
-        print(f"tokens in, out: {used[0]}, {used[1]}; cost {result['cost']:.4f}; estimate for all {len(y)}: "
-              f"{used[0] * share:.0f}, {used[1] * share:.0f}; cost {result['cost'] * share:.4f}")  # fmt: skip
+        for what, factor in (("so far", 1), (f"estimate for all {len(y)}", share)):
+            tokens_in, tokens_out = (round(tokens * factor) for tokens in used)
+            print(f"{what}: {tokens_in} tokens in, {tokens_out} out, cost {result['cost'] * factor:.4f}")
     if result["known"]:
         test = binomtest(int((labels == y)[known].sum()), result["known"])
         interval = [100 * end for end in test.proportion_ci(method="wilson")]
