@@ -19,8 +19,8 @@ It is append-only and may be cut anywhere; the same command again goes on behind
 Departures from the authors' pipelines (jichan3751/zeromatch @8ca4079)
   P1  An answer is a label, else the longest label in it as whole words, else none. Published: substring,
       the last class in the list wins ("pink primrose" becomes "rose"), anything else is one fixed class.
-  P2  Local language models score every label (the sum over its tokens and the end of text, which keeps one
-      label from being the beginning of another; no division by length) instead of writing an answer.
+  P2  Local language models score every label (the sum over its tokens and the end of the answer, which keeps
+      one label from being the beginning of another; no division by length) instead of writing an answer.
   P3  Class names in prompts have spaces, not underscores.
   P4  Chat: temperature 0, one user message, images as PNG resized to --image-size.
   P5  Imported raw answers are read again by P1.
@@ -181,16 +181,16 @@ def collect(path: Path, rows: list[dict[str, Any]], n: int, k: int) -> tuple[np.
     """(labels [n], -1: abstention, -2: no row; probs [n, k], NaN: none). Raises UserError for an impossible row."""
     labels, probs = np.full(n, -2), np.full((n, k), np.nan, np.float32)
     for number, row in enumerate(rows, 2):
-        index, label, p = row.get("index"), row.get("label", -2), row.get("probs", [np.nan] * k)
         if row.keys() == {"usage"}:  # tokens billed for no answer
             continue
-        if type(index) is not int or not 0 <= index < n or labels[index] != -2:
-            raise UserError(f"{path}: line {number} has index {index!r}, expected each of 0 to {n - 1} once; damaged")
+        i, label, p = row.get("index"), row.get("label", -2), row.get("probs", [np.nan] * k)
+        if type(i) is not int or not 0 <= i < n or labels[i] != -2:
+            raise UserError(f"{path}: line {number} has index {i!r}, expected each of 0 to {n - 1} once; damaged")
         if label is not None and (type(label) is not int or not 0 <= label < k):
             raise UserError(f"{path}: line {number} has label {label!r}, expected 0 to {k - 1} or null; damaged")
         if not isinstance(p, list) or len(p) != k or not all(isinstance(value, (int, float)) for value in p):
             raise UserError(f"{path}: line {number} has no list of {k} probabilities under probs; damaged")
-        labels[index], probs[index] = -1 if label is None else label, p
+        labels[i], probs[i] = -1 if label is None else label, p
     return labels, probs
 
 
@@ -204,16 +204,13 @@ def read_labels(path: str | Path, data: Data, split: str) -> tuple[np.ndarray, n
         was = header.get(key)
         if key in ("dataset", "split", "num_examples", "classes", "fingerprint") and was != wanted:
             same = key == "fingerprint" and isinstance(was, dict) and was.get("content") == wanted["content"]
-            reason = {
-                "classes": "other class names or another order of them",
-                "fingerprint": "the same examples in another order" if same else "other examples",
-            }.get(key, f"{key} {was!r}, expected {wanted!r}")
+            other = "the same examples in another order" if same else "other examples"
+            reasons = {"classes": "other class names or another order of them", "fingerprint": other}
+            reason = reasons.get(key, f"{key} {was!r}, expected {wanted!r}")
             raise UserError(f"{path}: made for {reason}; give a file made for {data.name}'s {split} part")
     labels, probs = collect(path, rows, len(data.part(split)), len(data.classes))
     if missing := int((labels == -2).sum()):
-        raise UserError(
-            f"{path}: {missing} of {len(labels)} examples have no label yet; run the same pseudolabel.py command again"
-        )
+        raise UserError(f"{path}: {missing} of {len(labels)} examples have no label yet; run the same command again")
     return labels, None if np.isnan(probs).any() else probs
 
 
@@ -231,12 +228,10 @@ def open_labels(path: Path, header: dict[str, Any]) -> tuple[Any, list[dict[str,
         pass
     except OSError:
         raise UserError(f"{path}: another process is writing to it; wait for it or give another --output") from None
-    if path.stat().st_size == 0:
-        append(file, header)
-    old, rows, length = read_rows(path)
+    old, rows, length = read_rows(path) if path.stat().st_size else ({}, [], 0)
     for key, value in header.items():
         if rows and old.get(key) != value:
-            raise UserError(f"{path}: made with another {key}: {old.get(key)!r}; give another --output, or delete it")
+            raise UserError(f"{path}: made with another {key}, {old.get(key)!r}; give another --output or delete it")
     os.truncate(path, length if rows else 0)
     if not rows:
         append(file, header)
@@ -464,9 +459,13 @@ def load_pretrained(kind: str, name: str, **options: Any) -> Any:
         raise UserError(f"--model {name}: could not be loaded ({reason}); give a hub id or a folder") from None
 
 
-def load_model(kind: str, args: Args) -> tuple[Any, torch.device]:
+def load_model(kind: str, reader: str, args: Args, **options: Any) -> tuple[Any, Any, torch.device, int]:
+    """(model, tokenizer or processor, device, longest input in tokens)."""
     device, dtype = setup_device(args.device, "auto", "")
-    return load_pretrained(kind, args.model, dtype=dtype or torch.float32).to(device).eval(), device
+    model = load_pretrained(kind, args.model, dtype=dtype or torch.float32).to(device).eval()
+    reader = load_pretrained(reader, args.model, **options)
+    longest = getattr(model.config, "max_position_embeddings", None) or 10**6
+    return model, reader, device, min(longest, getattr(reader, "model_max_length", longest))
 
 
 def picture(x: np.ndarray) -> Any:
@@ -483,7 +482,7 @@ def ensemble(embeddings: list[Tensor]) -> Tensor:
 
 @torch.inference_mode()
 def clip_features(encode: Any, **inputs: Tensor) -> Tensor:
-    """[n, D] float32 of a CLIP-like model's get_text_features or get_image_features."""
+    """[n, D] float32 from a model's get_text_features or get_image_features."""
     features = encode(**inputs)
     return getattr(features, "pooler_output", features).float()  # transformers 5 wraps what 4 returned bare
 
@@ -493,8 +492,7 @@ def label_with_clip(data: Data, todo: list[int], args: Args, prompt: str) -> Row
 
     The same for SigLIP, whose own sigmoid judges each class alone: its bias is equal for all and drops out."""
     phrases, x = descriptions(prompt, data.classes), data.part(args.split).x
-    model, device = load_model("AutoModelForZeroShotImageClassification", args)
-    processor = load_pretrained("AutoProcessor", args.model)
+    model, processor, device, _ = load_model("AutoModelForZeroShotImageClassification", "AutoProcessor", args)
     padding = "max_length" if "siglip" in model.config.model_type else True  # SigLIP has seen no other length
     style = {"truncation": True, "max_length": model.config.text_config.max_position_embeddings, "return_tensors": "pt"}
     tokens = [processor(text=row, padding=padding, **style) for row in phrases]
@@ -506,15 +504,10 @@ def label_with_clip(data: Data, todo: list[int], args: Args, prompt: str) -> Row
         yield from rows_of(idx, (scale * F.normalize(image, dim=1) @ text.T).softmax(dim=1))
 
 
-def longest_input(tokenizer: Any, model: Any) -> int:
-    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**6)
-
-
 def label_with_embedding(data: Data, todo: list[int], args: Args, prompt: str) -> Rows:
     """p_k = softmax_k(cosine(text, description k) / temperature), vectors being means over tokens."""
     phrases, texts = descriptions(prompt, data.classes), data.part(args.split).texts
-    (model, device), tokenizer = load_model("AutoModel", args), load_pretrained("AutoTokenizer", args.model)
-    length = longest_input(tokenizer, model)
+    model, tokenizer, device, length = load_model("AutoModel", "AutoTokenizer", args)
 
     @torch.inference_mode()
     def embed(texts: list[str]) -> Tensor:
@@ -558,27 +551,33 @@ def label_with_text_model(data: Data, todo: list[int], args: Args, prompt: str) 
     """p_k = P(answer_k) / sum_j P(answer_j), mean over option orders.  # P2"""
     texts, names = data.part(args.split).texts, [readable(name) for name in data.classes]
     seq2seq = load_pretrained("AutoConfig", args.model).is_encoder_decoder
-    model, device = load_model("AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM", args)
-    tokenizer = load_pretrained("AutoTokenizer", args.model, padding_side="right" if seq2seq else "left")
+    kind, side = ("AutoModelForSeq2SeqLM", "right") if seq2seq else ("AutoModelForCausalLM", "left")
+    model, tokenizer, device, room = load_model(kind, "AutoTokenizer", args, padding_side=side)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    chat, end = bool(not seq2seq and tokenizer.chat_template), [tokenizer.eos_token_id]
-    answers = [name if chat or seq2seq else f" {name}" for name in names]
-    answers = [[i for i in tokenizer(a, add_special_tokens=seq2seq).input_ids if [i] != end] + end for a in answers]
-    room = longest_input(tokenizer, model) - (0 if seq2seq else max(map(len, answers)))
+    chat = bool(not seq2seq and tokenizer.chat_template)
+
+    def ids_of(text: str, **options: Any) -> list[int]:
+        return tokenizer(text, **{"add_special_tokens": False, **options}).input_ids
+
+    def turn(*contents: str) -> str:
+        messages = [{"role": role, "content": c} for role, c in zip(("user", "assistant"), contents, strict=False)]
+        style = {"tokenize": False, "add_generation_prompt": len(contents) == 1, "enable_thinking": False}
+        return tokenizer.apply_chat_template(messages, **style)
+
+    # What follows an answer: the end of the turn, of the text, or, from a model that only goes on writing, of the line.
+    end = ids_of(turn("?", "ANSWER").rpartition("ANSWER")[2] if chat else "\n")[:1]
+    end = [tokenizer.eos_token_id] if seq2seq or not end else end
+    answers = [ids_of(name if chat or seq2seq else f" {name}") + end for name in names]
+    room -= 0 if seq2seq else max(map(len, answers))
     answers = [torch.tensor(answer, device=device) for answer in answers]
 
     def encode(text: str, options: list[str]) -> list[int]:
         asked = fill(prompt, text, options)
-        if chat:
-            asked = [{"role": "user", "content": asked}]
-            style = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-            asked = tokenizer.apply_chat_template(asked, **style)
-        ids = tokenizer(asked, add_special_tokens=not chat).input_ids
-        if len(ids) <= room:
-            return ids
-        if not text:
+        ids = ids_of(turn(asked)) if chat else ids_of(asked, add_special_tokens=True)
+        if len(ids) > room and not text:
             raise UserError(f"--model {args.model}: the options alone are longer than the {room} tokens it takes")
-        return encode(text[: len(text) * room // len(ids) - 1], options)  # cuts the text, never the options
+        # Cuts the text, never the options.
+        return ids if len(ids) <= room else encode(text[: len(text) * room // len(ids) - 1], options)
 
     for idx in chunks(sorted(todo, key=lambda i: -len(texts[i])), args.batch_size):
         probs = 0
@@ -594,7 +593,6 @@ def label_with_text_model(data: Data, todo: list[int], args: Args, prompt: str) 
 
 ATTEMPTS, LONGEST_WAIT = 8, 600  # requests for one example in one run; seconds that an endpoint may ask to wait
 OWN_FAULT = "content_filter|content_policy_violation|context_length_exceeded"  # of one example, not of the request
-NO_QUOTA = "insufficient_quota|billing"
 BROKEN = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)  # no or odd reply
 
 
@@ -630,9 +628,8 @@ class Endpoint:
             schema = {"name": "answer", "strict": True, "schema": schema}
             self.options["response_format"] = {"type": "json_schema", "json_schema": schema}
         self.args, self.classes, self.url = args, classes, args.base_url.rstrip("/") + "/chat/completions"
-        self.lock, self.stop, self.answered, self.in_flight = threading.Lock(), threading.Event(), False, 0
-        self.refusal = ""
-        self.spent, self.dearest, self.usage = 0.0, 0.0, [0, 0]  # usage: not yet in the file
+        self.lock, self.stop, self.refusal, self.answered = threading.Lock(), threading.Event(), "", False
+        self.in_flight, self.spent, self.dearest, self.usage = 0, 0.0, 0.0, [0, 0]  # usage: not yet in the file
 
     def affordable(self, more: int) -> bool:
         """Whether `more` requests beyond those in flight, each as dear as the dearest, keep within --max-cost."""
@@ -644,29 +641,28 @@ class Endpoint:
         for attempt in range(ATTEMPTS):
             pause, options = min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1), dict(self.options)
             body = {"model": self.args.model, "messages": [{"role": "user", "content": question}], **options}
+            status, headers = 0, {}
             try:
                 status, headers, content = self.post(json.dumps(body).encode())
                 if status == 200:
                     return {"index": index, **self.read(json.loads(content))}
                 problem = content.decode("utf-8", "replace")
             except BROKEN as error:
-                status, headers, problem = 0, {}, f"{type(error).__name__}: {error}"
-                self.spent += self.dearest  # it may have been billed
+                if status == 0 or isinstance(error, json.JSONDecodeError):  # it may have been billed
+                    with self.lock:
+                        self.spent += self.dearest
+                problem = f"{type(error).__name__}: {error}"
             if status in (400, 422) and self.without(problem, options):
                 continue
-            problem = f"status {status}: {self.hide(' '.join(problem.split())[:300])}"
+            short = f"status {status}: {' '.join(self.hide(problem).split())[:300]}"
             if status == 400 and re.search(OWN_FAULT, problem):
-                return {"index": index, "label": None, "raw": problem}
+                return {"index": index, "label": None, "raw": short}
             after = seconds_of(headers.get("Retry-After", ""))
-            if (
-                0 < status < 500 and status not in (408, 409, 429)
-                or status == 429 and re.search(NO_QUOTA, problem)
-                or after > LONGEST_WAIT
-            ):  # fmt: skip
-                self.refuse(problem)
-                return None
+            exhausted = status == 429 and re.search("insufficient_quota|billing", problem) or after > LONGEST_WAIT
+            if exhausted or 200 < status < 500 and status not in (408, 409, 429):
+                return self.refuse(short)
             if not self.answered:
-                tqdm.write(f"no answer yet, {problem}", file=sys.stderr)
+                tqdm.write(f"no answer yet, {short}", file=sys.stderr)
             if self.stop.wait(max(pause, after + random.random())) or not self.affordable(0):
                 return None
         return None
@@ -710,23 +706,24 @@ class Endpoint:
 
     def read(self, reply: Any) -> dict[str, Any]:
         """Label, raw answer and, where they were sent, probabilities of a reply; its tokens are counted in any case."""
-        usage, prices = reply.get("usage") or {}, (self.args.price_in / 1e6, self.args.price_out / 1e6)
-        used = [usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0]
+        usage, price_in, price_out = reply.get("usage") or {}, self.args.price_in / 1e6, self.args.price_out / 1e6
+        used = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+        used = [count if isinstance(count, int) else 0 for count in used]
         with self.lock:
             self.usage = [self.usage[0] + used[0], self.usage[1] + used[1]]
-            self.dearest = max(self.dearest, used[0] * prices[0] + self.args.max_tokens * prices[1])
-            self.spent += used[0] * prices[0] + used[1] * prices[1] if any(used) else self.dearest
+            self.dearest = max(self.dearest, used[0] * price_in + max(used[1], self.args.max_tokens) * price_out)
+            self.spent += used[0] * price_in + used[1] * price_out if any(used) else self.dearest
         choice = reply["choices"][0]
         raw = choice["message"]["content"] or ""  # null: refused, or no token left after the reasoning
-        row = {"label": parse_answer(raw, self.classes, self.args.logprobs), "raw": self.hide(raw[:2000])}
-        for token in ((choice.get("logprobs") or {}).get("content") or []) if self.args.logprobs else []:
-            if option_number(token["token"], len(self.classes)) is None:
-                continue
-            mass = np.zeros(len(self.classes))
-            for other in token["top_logprobs"]:
+        row = {"label": parse_answer(raw, self.classes, self.args.logprobs), "raw": self.hide(raw)[:2000]}
+        tokens = (choice.get("logprobs") or {}).get("content") or [] if self.args.logprobs else []
+        mass = np.zeros(len(self.classes))
+        for token in [token for token in tokens if option_number(token["token"], len(mass)) is not None][:1]:
+            for other in token.get("top_logprobs") or []:
                 if (number := option_number(other["token"], len(mass))) is not None:
                     mass[number] += math.exp(other["logprob"])
-            return row | {"label": int(mass.argmax()), "probs": (mass / mass.sum()).round(5).tolist()}
+        if mass.sum() > 0:
+            row |= {"label": int(mass.argmax()), "probs": (mass / mass.sum()).round(5).tolist()}
         return row
 
 
@@ -781,18 +778,22 @@ def label_with_chat(data: Data, todo: list[int], args: Args, prompt: str) -> Row
                     row["usage"], endpoint.usage, endpoint.answered = endpoint.usage, [0, 0], True
                 failed = 0
                 yield row
-            if failed > (10 if endpoint.answered else 0) and not endpoint.stop.is_set():
+            if failed > (10 if endpoint.answered else 0) and not endpoint.stop.is_set() and endpoint.affordable(1):
                 endpoint.refuse(f"{failed} examples in a row had no reply in {ATTEMPTS} attempts; is it down?")
+        interrupted = endpoint.stop.is_set()
+        if any(endpoint.usage):
+            yield {"usage": endpoint.usage}
     finally:
+        endpoint.stop.set()  # nobody asks on
         pool.shutdown(wait=False, cancel_futures=True)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if any(endpoint.usage):
-        yield {"usage": endpoint.usage}
     if endpoint.refusal:
         raise UserError(endpoint.refusal)
-    if endpoint.stop.is_set():
+    if interrupted:
         raise KeyboardInterrupt
+    if todo:
+        tqdm.write("stopped, as one more request might pass --max-cost", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- import
@@ -801,7 +802,7 @@ def label_with_chat(data: Data, todo: list[int], args: Args, prompt: str) -> Row
 def load_arrays(path: Path) -> dict[str, Any]:
     """A torch-saved dict of NumPy arrays, numbers and strings: these are made, and no other function is called."""
     types = {type(np.dtype(code)) for code in "?bhilqBHILQefdUO"}
-    makers = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]  # numpy's own functions _reconstruct, scalar
+    makers = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]  # NumPy's own _reconstruct and scalar
     both = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in makers for core in ("core", "_core")]  # NumPy 1, 2
     with torch.serialization.safe_globals([np.ndarray, np.dtype, *types, *both]):
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -827,7 +828,7 @@ def label_from_file(data: Data, todo: list[int], args: Args, prompt: None) -> Ro
             order = [int(line.get("index", number)) for number, line in enumerate(lines)]
             values = [lines[at]["label"].strip() for at in np.argsort(order)]
             values = [int(v) if v.isdecimal() and v not in classes else v for v in values]
-            if sorted(order) != list(range(len(lines))) or any(v and label_of(v, classes) is None for v in values):
+            if sorted(order) != list(range(len(lines))) or None in [label_of(v, classes) for v in values if v != ""]:
                 raise ValueError("expected every index from 0 once, and names or numbers of classes")
             found = {"pred_labels": values}
         else:
@@ -842,7 +843,7 @@ def label_from_file(data: Data, todo: list[int], args: Args, prompt: None) -> Ro
     if len(labels) != len(part):
         raise UserError(f"--input {path}: {len(labels)} labels, but {data.name}'s {args.split} part has {len(part)}")
     if any(t is not None and y not in (-1, t) for t, y in zip(truth, part.y, strict=False)):
-        raise UserError(f"--input {path}: its true labels are not those of {data.name}'s {args.split} part in its order")
+        raise UserError(f"--input {path}: its true labels are not {data.name}'s {args.split} part's in their order")
     # Columns in another order of classes, as in one of the published files, are of no use.
     keep = probs.shape == (len(part), len(classes)) and (probs.argmax(axis=1) == np.array(labels, float)).all()
     for i in todo:
@@ -864,21 +865,17 @@ TEACHERS = {  # (function, default model, arguments that shape the labels and go
 
 
 def check(args: Args, data: Data) -> None:
-    """Raise UserError for arguments that cannot go together."""
+    """Raise UserError for arguments that are out of range or do not go together."""
     needed = {"student": "student", "import": "input", "chat": "model"}.get(args.teacher)
     if needed and getattr(args, needed) is None:
         raise UserError(f"--teacher {args.teacher} needs --{needed}")
     for name, value in vars(args).items():
-        if name not in ("price_in", "price_out") and isinstance(value, (int, float)) and value <= 0 and value is not False:
+        if type(value) in (int, float) and value <= 0 and not name.startswith("price"):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
     if args.logprobs and len(data.classes) > 20:
         raise UserError(f"--logprobs: {len(data.classes)} classes, at most 20 can be asked for; leave it out")
     if args.max_cost is not None and not args.price_in + args.price_out > 0:
         raise UserError("--max-cost needs --price-in and --price-out")
-
-
-def label_path(data_dir: str, name: str, split: str, teacher: str) -> Path:
-    return Path(data_dir) / "labels" / f"{name}-{split}-{teacher}.jsonl"
 
 
 def label(data: Data, args: Args) -> dict[str, Any]:
@@ -891,7 +888,7 @@ def label(data: Data, args: Args) -> dict[str, Any]:
         if not Path(source).is_file():
             raise UserError(f"--teacher {args.teacher}: there is no file {source}")
         model = f"{Path(source).name} {digest(Path(source).read_bytes())}"
-    path = Path(args.output or label_path(args.data_dir, data.name, args.split, args.teacher))
+    path = Path(args.output or f"{args.data_dir}/labels/{data.name}-{args.split}-{args.teacher}.jsonl")
     shaping = {name: getattr(args, name) for name in settings}
     header = header_of(data, args.split, args.teacher, model, prompt, **shaping)
     file, rows = open_labels(path, header)
@@ -899,7 +896,9 @@ def label(data: Data, args: Args) -> dict[str, Any]:
     todo = [i for i in range(len(part)) if i not in done]
     if args.dry_run:
         todo = todo[:: max(1, len(todo) // args.dry_run)][: args.dry_run]
-    args = replace(args, max_cost=args.max_cost and args.max_cost - cost_of(rows, args))
+    if args.max_cost is not None:  # what is left of it; nothing is asked when the dearest example would pass it
+        spent, dearest = cost_of(rows, args), max((cost_of([row], args) for row in rows), default=0.0)
+        todo, args = (todo if spent + dearest <= args.max_cost else []), replace(args, max_cost=args.max_cost - spent)
     try:
         with file, tqdm(total=len(todo), desc=f"{args.teacher} labels {data.name} {args.split}", disable=None) as bar:
             for row in teach(data, todo, args, prompt) if todo else ():
@@ -912,40 +911,38 @@ def label(data: Data, args: Args) -> dict[str, Any]:
 
 
 def cost_of(rows: list[dict[str, Any]], args: Args) -> float:
-    used = np.array([row["usage"] for row in rows if "usage" in row]).reshape(-1, 2).sum(axis=0)
-    return float(used @ [args.price_in, args.price_out]) / 1e6
+    used = [row["usage"] for row in rows if "usage" in row]
+    return sum(tokens_in * args.price_in + tokens_out * args.price_out for tokens_in, tokens_out in used) / 1e6
 
 
 def summary(path: Path, rows: list[dict[str, Any]], data: Data, args: Args) -> dict[str, Any]:
-    """What a label file holds: counts, classes, tokens, and the accuracy where true labels are known (Wilson's
-    95 % interval, an abstention counts as wrong). Of own data these are the labeled examples only."""
+    """What a label file holds: counts, classes, tokens, cost, and the accuracy where true labels are known (in own
+    data: of the labeled examples), an abstention counting as wrong, with Wilson's 95 % interval."""
     from scipy.stats import binomtest
 
     y, classes = data.part(args.split).y, data.classes
     labels, probs = collect(path, rows, len(y), len(classes))
     known, counts = (labels != -2) & (y >= 0), np.bincount(labels[labels >= 0], minlength=len(classes))
-    used = np.array([row["usage"] for row in rows if "usage" in row]).reshape(-1, 2).sum(axis=0).tolist()
+    used = [sum(row["usage"][side] for row in rows if "usage" in row) for side in (0, 1)]
     result = {
-        "path": str(path), "num_examples": len(y), "labeled": int((labels != -2).sum()),
+        "path": str(path), "num_examples": len(y), "labeled": int((labels != -2).sum()), "known": int(known.sum()),
         "abstentions": int((labels == -1).sum()), "with_probs": int((~np.isnan(probs).any(axis=1)).sum()),
         "classes": dict(zip(classes, counts.tolist(), strict=True)), "tokens": used, "cost": cost_of(rows, args),
-        "known": int(known.sum()), "accuracy": None, "interval": None,
+        "accuracy": None, "interval": None,
     }  # fmt: skip
-    print("{path}: {labeled} of {num_examples} examples labeled, {abstentions} of them without an answer, "
-          "{with_probs} with probabilities".format(**result))  # fmt: skip
+    said = "{path}: {labeled} of {num_examples} labeled, {abstentions} abstentions, {with_probs} with probs"
+    print(said.format(**result))
     most = [f"{classes[k]} {counts[k]}" for k in np.argsort(-counts, kind="stable")]
     print("labels of a class:", ", ".join(most if len(most) <= 20 else most[:10] + ["..."] + most[-10:]))
-    if any(used):
-        share = len(y) / max(1, result["labeled"])
-        for what, factor in (("so far", 1), (f"estimate for all {len(y)}", share)):
-            tokens_in, tokens_out = (round(tokens * factor) for tokens in used)
-            print(f"{what}: {tokens_in} tokens in, {tokens_out} out, cost {result['cost'] * factor:.4f}")
+    for what, factor in (("so far", 1), (f"estimate for all {len(y)}", len(y) / max(1, result["labeled"]))):
+        if any(used):
+            tokens_in, tokens_out, cost = used[0] * factor, used[1] * factor, result["cost"] * factor
+            print(f"{what}: {tokens_in:.0f} tokens in, {tokens_out:.0f} out, cost {cost:.4f}")
     if result["known"]:
         test = binomtest(int((labels == y)[known].sum()), result["known"])
-        interval = [100 * end for end in test.proportion_ci(method="wilson")]
-        result |= {"accuracy": 100 * test.statistic, "interval": interval}
-        print("accuracy on {known} examples of known label: {accuracy:.2f} %, ".format(**result)
-              + "95 % interval {:.2f} to {:.2f}".format(*interval))  # fmt: skip
+        low, high = (100 * end for end in test.proportion_ci(method="wilson"))
+        result |= {"accuracy": 100 * test.statistic, "interval": [low, high]}
+        print(f"accuracy {100 * test.statistic:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {test.n} known labels")
     return result
 
 
@@ -960,25 +957,21 @@ def default_labels(data: Data, data_dir: str) -> tuple[Path, Path | None]:
     """Label files of the train and (if there is one) test part in `data_dir`/labels; made now for digits and images.
 
     Raises UserError when several files are there to choose from, or none and the data are texts."""
+    folder = Path(data_dir) / "labels"
     if data.name == "digits":
-        paths = [label_path(data_dir, "digits", split, "glyphs") for split in ("train", "test")]
-        for path, split in zip(paths, ("train", "test"), strict=True):
-            if not complete(path):
+        for split in ("train", "test"):
+            if not complete(folder / f"digits-{split}-glyphs.jsonl"):
                 label(data, Args(split=split, data_dir=data_dir, device="cpu"))
-        return paths[0], paths[1]
-    pattern = label_path(data_dir, glob.escape(data.name), "train", "*")
-    found = [path for path in sorted(pattern.parent.glob(pattern.name)) if complete(path)]
+        return folder / "digits-train-glyphs.jsonl", folder / "digits-test-glyphs.jsonl"
+    found = [path for path in sorted(folder.glob(f"{glob.escape(data.name)}-train-*.jsonl")) if complete(path)]
     if len(found) > 1:
         raise UserError(f"several label files: {', '.join(map(str, found))}; choose one by --pseudolabels")
     if not found and hasattr(data.train, "texts"):
-        raise UserError(
-            f"no labels of {data.name} in {pattern.parent}; make them, e.g. by pseudolabel.py --dataset {data.name} "
-            "--teacher text, or give --pseudolabels FILE"
-        )
+        command = f"python pseudolabel.py --dataset {data.name} --teacher text"
+        raise UserError(f"no labels of {data.name} in {folder}; make them, e.g. by {command}, or give --pseudolabels")
     if not found:
         found = [Path(label(data, Args(dataset=data.name, teacher="clip", data_dir=data_dir))["path"])]
-    teacher = found[0].stem.removeprefix(f"{data.name}-train-")
-    test = label_path(data_dir, data.name, "test", teacher)
+    test = folder / f"{data.name}-test-{found[0].name.removeprefix(f'{data.name}-train-')}"
     return found[0], test if complete(test) else None
 
 

@@ -8,7 +8,13 @@ def tokenizer(folder, kind="plain"):
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
+    names = {
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "sep_token": "<turn>",
+    }
     inner = Tokenizer(models.BPE(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -26,7 +32,10 @@ def tokenizer(folder, kind="plain"):
     return made
 
 
-TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>me: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}<turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>me: {% endif %}"
+)
 
 
 def causal_model(folder, kind="llama", chat=False):
