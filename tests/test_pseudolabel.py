@@ -1,0 +1,736 @@
+"""Label files, answers, imported labels, and local teachers on tiny models."""
+
+import json
+import os
+import pickle
+import random
+import resource
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import common
+import pseudolabel
+from pseudolabel import Args, parse_answer, read_labels, read_rows
+
+CLASSES = ["very negative", "negative", "positive", "railway", "railway station"]
+
+
+class Texts:
+    """A part of a text set, as common's."""
+
+    def __init__(self, texts, y=None):
+        self.texts, self.y = texts, np.full(len(texts), -1) if y is None else np.array(y)
+
+    def __len__(self):
+        return len(self.texts)
+
+    def hashes(self):
+        return [text.encode() for text in self.texts]
+
+
+def text_data(texts=("so good", "bad, very bad, the worst of all", "trains"), classes=CLASSES, y=None):
+    return common.Data("reviews", list(classes), Texts(list(texts), y), None)
+
+
+def image_data(n=6, channels=3, size=8, y=None, name="pictures", classes=("cat", "dog", "cow_boy")):
+    x = np.random.RandomState(0).randint(0, 256, (n, channels, size, size)).astype(np.uint8)
+    part = common.Split(x, np.array(y if y is not None else [i % 3 for i in range(n)]))
+    return common.Data(name, list(classes), part, None)
+
+
+def made_up(path, data, split="train", rows=None, header=()):
+    """A label file with class i % K for example i."""
+    part, k = data.part(split), len(data.classes)
+    head = pseudolabel.header_of(data, split, "made up", "none") | dict(header)
+    rows = [{"index": i, "label": i % k} for i in range(len(part))] if rows is None else rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in [head, *rows]))
+    return path
+
+
+# ---------------------------------------------------------------------------- the label file
+
+
+def test_labels_written_are_labels_read(tmp_path):
+    data, probs = image_data(), np.random.RandomState(1).dirichlet([1, 1, 1], 6)
+    pseudolabel.write_labels(
+        tmp_path / "a" / "b.jsonl", pseudolabel.header_of(data, "train", "t", "m"), probs
+    )
+    labels, read = read_labels(tmp_path / "a" / "b.jsonl", data, "train")
+    assert np.array_equal(labels, probs.argmax(axis=1)) and np.abs(read - probs).max() < 1e-5
+
+
+def test_order_abstentions_missing_probs_and_billed_tokens_are_understood(tmp_path):
+    rows = [
+        {"index": 2, "label": None},
+        {"usage": [7, 1]},
+        {"index": 0, "label": 1, "probs": [0.1, 0.8, 0.1]},
+    ]
+    data = image_data(3)
+    path = made_up(tmp_path / "l.jsonl", data, rows=[*rows, {"index": 1, "label": 0, "raw": "\u2028 {\n"}])
+    labels, probs = read_labels(path, data, "train")
+    assert labels.tolist() == [1, 0, -1] and probs is None
+
+
+def test_a_file_cut_anywhere_is_continued_to_the_same_labels(tmp_path):
+    """At every byte of a small file: what stands in whole lines stays, the rest is labeled again."""
+    data, path = image_data(4), tmp_path / "l.jsonl"
+    np.save(tmp_path / "labels.npy", [2, 0, -1, 1])
+    args = Args(teacher="import", input=str(tmp_path / "labels.npy"), output=str(path))
+    pseudolabel.label(data, args)
+    whole = path.read_bytes()
+    header_end = whole.index(b"\n") + 1
+    for length in [0, *range(header_end, len(whole) + 1)]:
+        path.write_bytes(whole[:length])
+        pseudolabel.label(data, args)
+        assert path.read_bytes() == whole
+    path.write_bytes(
+        whole[: header_end - 5]
+    )  # no label file as far as one can tell: it may be anything of the user's
+    with pytest.raises(common.UserError, match="expected a first line"):
+        pseudolabel.label(data, args)
+    assert path.read_bytes() == whole[: header_end - 5]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dataset": "others"}, "dataset 'others', expected 'pictures'"),
+        ({"split": "test"}, "split 'test'"),
+        ({"num_examples": 5}, "num_examples 5, expected 6"),
+        ({"classes": ["dog", "cat", "cow_boy"]}, "another order of them"),
+        ({"fingerprint": {"order": "1", "content": "2"}}, "other examples"),
+        ({"fingerprint": None}, "other examples"),
+        ({"format": "x"}, "expected a first line"),
+    ],
+)
+def test_a_file_of_other_data_is_refused_with_the_reason(tmp_path, change, message):
+    data = image_data()
+    with pytest.raises(common.UserError, match=message):
+        read_labels(made_up(tmp_path / "l.jsonl", data, header=change), data, "train")
+
+
+def test_the_same_examples_in_another_order_are_told_from_others(tmp_path):
+    data, turned = image_data(), image_data()
+    turned.train.x = turned.train.x[::-1]
+    with pytest.raises(common.UserError, match="the same examples in another order"):
+        read_labels(made_up(tmp_path / "l.jsonl", turned), data, "train")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"index": 9, "label": 0}, "line 5 has index 9"),
+        ({"index": 0, "label": 0}, "line 5 has index 0, expected each"),
+        ({"index": -1, "label": 0}, "index -1"),
+        ({"index": 2.0, "label": 0}, "index 2.0"),
+        ({"index": True, "label": 0}, "index True"),
+        ({"label": 0}, "index None"),
+        ({"index": 3, "label": 3}, "label 3, expected 0 to 2 or null"),
+        ({"index": 3, "label": "cat"}, "label 'cat'"),
+        ({"index": 3}, "label -2"),
+        ({"index": 3, "label": 0, "probs": [1]}, "no list of 3 probabilities"),
+        ({"index": 3, "label": 0, "probs": ["a", 0, 0]}, "no list of 3 probabilities"),
+        ([3, 0], "not a JSON object"),
+        ({"index": 3, "label": 0}, "2 of 6 examples have no label yet"),
+    ],
+)
+def test_a_damaged_or_incomplete_file_is_one_clear_line(tmp_path, row, message):
+    data = image_data()
+    rows = [{"index": i, "label": 0} for i in range(3)] + [row]
+    with pytest.raises(common.UserError, match=message) as caught:
+        read_labels(made_up(tmp_path / "l.jsonl", data, rows=rows), data, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_made_in_another_way_is_not_continued(tmp_path):
+    data, path = text_data(), tmp_path / "l.jsonl"
+    tiny_models.seq2seq_model(tmp_path / "t5")
+    args = dict(teacher="text", model=str(tmp_path / "t5"), output=str(path), device="cpu", dry_run=1)
+    pseudolabel.label(data, Args(**args))
+    (tmp_path / "prompt").write_text("{text}? {options}")
+    for change, key in (
+        (dict(prompt=str(tmp_path / "prompt")), "prompt"),
+        (dict(order_swaps=2), "settings"),
+        (dict(model="other"), "model"),
+    ):
+        before = path.read_bytes()
+        with pytest.raises(common.UserError, match=f"another {key}"):
+            pseudolabel.label(data, Args(**{**args, **change}))
+        assert path.read_bytes() == before
+
+
+def test_a_file_without_rows_starts_anew(tmp_path):
+    data, path = text_data(), tmp_path / "l.jsonl"
+    with pytest.raises(common.UserError, match="--model .*nowhere: could not be loaded"):
+        pseudolabel.label(data, Args(teacher="text", model=str(tmp_path / "nowhere"), output=str(path)))
+    tiny_models.seq2seq_model(tmp_path / "t5")
+    pseudolabel.label(data, Args(teacher="text", model=str(tmp_path / "t5"), output=str(path)))
+    assert read_labels(path, data, "train")[1].shape == (3, 5)
+
+
+def test_two_processes_do_not_write_to_one_file(tmp_path):
+    data = image_data()
+    header = pseudolabel.header_of(data, "train", "t", "m")
+    file, _ = pseudolabel.open_labels(tmp_path / "l.jsonl", header)
+    with pytest.raises(common.UserError, match="another process"):
+        pseudolabel.open_labels(tmp_path / "l.jsonl", header)
+    file.close()
+    pseudolabel.open_labels(tmp_path / "l.jsonl", header)[0].close()
+
+
+def test_a_full_disk_is_one_line_and_keeps_whole_lines(tmp_path):
+    data, path = image_data(100), tmp_path / "l.jsonl"
+    np.save(tmp_path / "labels.npy", np.arange(100) % 3)
+    args = Args(teacher="import", input=str(tmp_path / "labels.npy"), output=str(path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(common.UserError, match="could not write.*whole lines stay"):
+            pseudolabel.label(data, args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 0 < len(read_rows(path)[1]) < 100
+    pseudolabel.label(data, args)
+    assert np.array_equal(read_labels(path, data, "train")[0], np.arange(100) % 3)
+
+
+# ---------------------------------------------------------------------------- answers
+
+FLOWERS = ["rose", "pink primrose", "marigold", "english marigold", "lenten rose", "tree mallow", "mallow"]
+
+
+@pytest.mark.parametrize(
+    "answer, classes, label",
+    [
+        *[(name, FLOWERS, name) for name in FLOWERS],
+        ("It is a Pink Primrose.", FLOWERS, "pink primrose"),
+        ("pink primrose, not a rose", FLOWERS, None),
+        ("a rose or a mallow", FLOWERS, None),
+        ("primrose", FLOWERS, None),
+        ("", FLOWERS, None),
+        ("no idea", FLOWERS, None),
+        ("**The rose**", FLOWERS, "rose"),
+        ("'English marigold'.\n", FLOWERS, "english marigold"),
+        ("rose rose", FLOWERS, "rose"),
+        ("It looks like a porcupine", ["cup", "porcupine"], "porcupine"),
+        ("woman", ["man", "woman"], "woman"),
+        ("railway_station", ["railway", "railway_station"], "railway_station"),
+        ("A railway station!", ["railway", "railway_station"], "railway_station"),
+        ("very negative", ["very negative", "negative"], "very negative"),
+        ("Sci/Tech", ["World", "Sci/Tech"], "Sci/Tech"),
+        ("t-shirt / top", ["T-shirt/top", "Dress"], "T-shirt/top"),
+        ("C++", ["C", "C++", "C#"], "C++"),
+        ("an A", ["A", "B"], "A"),
+        ("B", ["A", "B"], "B"),
+        ("naïve Übermut", ["übermut", "mut"], "übermut"),
+        ('{"label": "sports"}', ["world", "sports"], "sports"),
+        ('```json\n{"reason": "world", "label": "sports"}\n```', ["world", "sports"], "sports"),
+        ('{"label": "caf\\u00e9"}', ["café", "bar"], "café"),
+        ("<think>world? no</think>\nsports", ["world", "sports"], "sports"),
+        ("7", [str(d) for d in range(10)], "7"),
+        ("pink rose mallow", ["pink rose", "rose mallow"], None),
+    ],
+)
+def test_answers_are_exact_labels_else_the_longest_whole_words_else_nothing(answer, classes, label):
+    assert parse_answer(answer, classes) == (None if label is None else classes.index(label))
+
+
+@pytest.mark.parametrize(
+    "answer, label",
+    [
+        ("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("B) sports", 1), ("Answer: B", 1), ("The answer is B.", 1),
+        ("2", 1), ("2.", 1), ("B: because of A", None), ("A or B", 1), ("Z", None), ("9", None), ("A cat", None),
+        ("sports", 1), ("C) sports", 1), ("bb", None), ("0", None),
+    ],
+)  # fmt: skip
+def test_lettered_options_are_understood_by_their_mark(answer, label):
+    assert parse_answer(answer, ["world", "sports", "business"], lettered=True) == label
+    if answer not in ("B) sports", "C) sports", "sports"):
+        assert parse_answer(answer, ["world", "sports", "business"]) is None
+
+
+def test_a_number_is_no_mark_where_classes_are_numbers():
+    digits = [str(d) for d in range(10)]
+    assert parse_answer("10", digits, lettered=True) is None and parse_answer("C", digits, lettered=True) == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_label_is_found_behind_any_case_quotes_articles_and_chatter(data):
+    names = data.draw(
+        st.lists(st.from_regex(r"[a-z]{2,6}( [a-z]{2,6}){0,2}", fullmatch=True), min_size=2, unique=True)
+    )
+    names = [name for name in names if not {"an", "the"} & set(name.split())] or ["xx"]
+    name = data.draw(st.sampled_from(names))
+    before = data.draw(st.sampled_from(["", "the ", "A ", '"', "**", "It's a 1: "]))
+    after = data.draw(st.sampled_from(["", ".", '"', "**", "!\n"]))
+    written = data.draw(st.sampled_from([name, name.upper(), name.title(), name.replace(" ", "_")]))
+    assert parse_answer(before + written + after, names) == names.index(name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(), st.lists(st.text(min_size=1), min_size=1, unique=True), st.booleans())
+def test_no_answer_breaks_the_parser(answer, classes, lettered):
+    label = parse_answer(answer, classes, lettered)
+    assert label is None or 0 <= label < len(classes)
+
+
+# ---------------------------------------------------------------------------- import
+
+
+def imported(data, path, tmp_path):
+    out = tmp_path / f"{path.name}.jsonl"
+    pseudolabel.label(data, Args(teacher="import", input=str(path), output=str(out)))
+    return read_labels(out, data, "train")
+
+
+def numpy_1(path):
+    """The same file as NumPy 1 writes it: functions come from numpy.core."""
+    old = path.with_name("old-" + path.name)
+    with zipfile.ZipFile(path) as made, zipfile.ZipFile(old, "w") as out:
+        for name in made.namelist():
+            content = made.read(name)
+            out.writestr(
+                name, content.replace(b"numpy._core", b"numpy.core") if name.endswith("data.pkl") else content
+            )
+    assert old.read_bytes() != path.read_bytes()
+    return old
+
+
+def test_the_layout_of_the_authors_cifar_clip(tmp_path):
+    data, probs = image_data(), np.random.RandomState(3).dirichlet([1, 1, 1], 6).astype(np.float32)
+    content = {
+        "probs": probs, "pred_labels": probs.argmax(axis=1), "gt_labels": data.train.y,
+        "metrics": {"accuracy": np.float64(0.5), "f1": 0.25},
+    }  # fmt: skip
+    torch.save(content, tmp_path / "plabel_results.pt")
+    for path in (tmp_path / "plabel_results.pt", numpy_1(tmp_path / "plabel_results.pt")):
+        labels, read = imported(data, path, tmp_path)
+        assert np.array_equal(labels, probs.argmax(axis=1)) and np.abs(read - probs).max() < 1e-4
+
+
+@pytest.mark.parametrize("same_order", [True, False])
+def test_the_layout_of_the_authors_framed_clip(tmp_path, same_order):
+    """Labels are names; columns of probs may be in another order of classes and are then of no use."""
+    data, probs = image_data(), np.eye(3)[[0, 1, 2, 2, 1, 0]] * 0.8 + 0.1
+    names = np.array(["cat", "dog", "cow boy"])
+    content = {
+        "decoded_predictions": None, "decoded_predictions_processed": names[probs.argmax(axis=1)].tolist(),
+        "decoded_labels": names[data.train.y].astype(object), "embedding": np.zeros((6, 2)),
+        "probs": probs if same_order else probs[:, ::-1].copy(),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "p.pt")
+    labels, read = imported(data, tmp_path / "p.pt", tmp_path)
+    assert labels.tolist() == [0, 1, 2, 2, 1, 0] and (read is not None) == same_order
+
+
+def test_the_layout_of_the_authors_language_models(tmp_path):
+    """Raw answers are read again: the published parser had made "rose" of the first and a default of the third."""
+    data = text_data(["a", "b", "c"], FLOWERS, y=[1, 0, 2])
+    content = {
+        "decoded_predictions": ["Pink primrose.", "rose", "I do not know"], "f1": np.float64(0.1), "accuracy": 0.3,
+        "decoded_predictions_processed": ["rose", "rose", "rose"],
+        "decoded_labels": ["pink primrose", "rose", "marigold"],
+    }  # fmt: skip
+    torch.save(content, tmp_path / "p.pt")
+    labels, probs = imported(data, tmp_path / "p.pt", tmp_path)
+    assert labels.tolist() == [1, 0, -1] and probs is None
+    assert read_rows(tmp_path / "p.pt.jsonl")[1][0]["raw"] == "Pink primrose."
+    content["decoded_labels"] = ["rose", "pink primrose", "marigold"]
+    torch.save(content, tmp_path / "q.pt")
+    with pytest.raises(common.UserError, match="its true labels are not reviews's train part's"):
+        imported(data, tmp_path / "q.pt", tmp_path)
+
+
+class Hostile:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def numpy_pickles(hostile):
+    """Places where a pickle inside NumPy's own would be run by an unsafe reader."""
+    array = np.array([None], dtype=object)
+    array[0] = hostile
+    yield from ({"probs": array}, {"pred_labels": hostile}, hostile, [hostile], {"metrics": {hostile: 1}})
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("kind", ["system", "exec", "load", "getattr"])
+def test_a_hostile_file_executes_nothing(tmp_path, number, kind):
+    data, mark = image_data(), tmp_path / "executed"
+    hostile = {
+        "system": Hostile(os.system, f"touch {mark}"),
+        "exec": Hostile(exec, f"open({str(mark)!r}, 'w')"),
+        "load": Hostile(pickle.loads, pickle.dumps(Hostile(os.system, f"touch {mark}"))),
+        "getattr": Hostile(getattr, "text", "upper"),
+    }[kind]
+    content = list(numpy_pickles(hostile))[number]
+    torch.save(content, tmp_path / "new.pt")
+    torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(content))
+    (tmp_path / "fake.npy").write_bytes(pickle.dumps(content))
+    np.save(tmp_path / "object.npy", np.array([hostile], dtype=object), allow_pickle=True)
+    for name in ("new.pt", "legacy.pt", "bare.pt", "fake.npy", "object.npy"):
+        with pytest.raises(common.UserError, match="could not be read") as caught:
+            imported(data, tmp_path / name, tmp_path)
+        assert not mark.exists() and "\n" not in str(caught.value)
+    if kind == "system":  # the test would notice
+        pickle.loads((tmp_path / "bare.pt").read_bytes())
+        assert mark.exists()
+
+
+def test_npy_labels_and_probabilities(tmp_path):
+    data = image_data(3)
+    np.save(tmp_path / "labels.npy", [2, -1, 0])
+    np.save(tmp_path / "probs.npy", [[0.2, 0.5, 0.3], [1, 0, 0], [0.1, 0.1, 0.8]])
+    assert imported(data, tmp_path / "labels.npy", tmp_path)[0].tolist() == [2, -1, 0]
+    labels, probs = imported(data, tmp_path / "probs.npy", tmp_path)
+    assert labels.tolist() == [1, 0, 2] and probs[0] == pytest.approx([0.2, 0.5, 0.3])
+
+
+@pytest.mark.parametrize(
+    "lines, labels",
+    [
+        (["label", "dog", '""', "Cow boy", "0"], [1, -1, 2, 0]),
+        (["index,label", "3,cat", "0,dog", "1,", "2,2"], [1, -1, 2, 0]),
+        (["\ufefflabel,text", 'dog,"a, b"', ",", "2,", "cat,"], [1, -1, 2, 0]),
+    ],
+)
+def test_csv_with_names_numbers_or_nothing(tmp_path, lines, labels):
+    (tmp_path / "l.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert imported(image_data(4), tmp_path / "l.csv", tmp_path)[0].tolist() == labels
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("l.csv", "label\ndog\n", "1 labels, but pictures's train part has 4"),
+        ("l.csv", "label\ncat\ndog\nhen\ncat\n", "could not be read"),
+        ("l.csv", "label\n0\n1\n2\n3\n", "label 3, expected -1 to 2"),
+        ("l.csv", "name\ncat\n", "could not be read"),
+        ("l.csv", "", "0 labels, but"),
+        ("l.csv", "index,label\n0,cat\n0,cat\n1,cat\n2,cat\n", "every index"),
+        ("l.txt", "cat", "could not be read"),
+        ("l.pt", "cat", "could not be read"),
+    ],
+)
+def test_an_unfit_file_is_one_clear_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(common.UserError, match=message) as caught:
+        imported(image_data(4), tmp_path / name, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------- local teachers
+
+
+def labeled(data, tmp_path, **changes):
+    """Probabilities [N, K] of a teacher, read back from its file."""
+    out = tmp_path / f"{random.random()}.jsonl"
+    pseudolabel.label(data, Args(**{"output": str(out), "device": "cpu", **changes}))
+    labels, probs = read_labels(out, data, "train")
+    assert np.array_equal(labels, probs.argmax(axis=1)) and np.allclose(probs.sum(axis=1), 1, atol=1e-3)
+    return probs
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Where the machine would take bfloat16, comparisons would need wide margins."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+
+
+@pytest.mark.parametrize("kind, channels", [("clip", 3), ("clip", 1), ("siglip", 3)])
+def test_clip_agrees_with_the_model_asked_image_by_image(tmp_path, kind, channels):
+    from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
+
+    folder, data = tiny_models.clip_model(tmp_path / kind, kind), image_data(channels=channels)
+    probs = labeled(data, tmp_path, teacher="clip", model=str(folder), batch_size=4)
+    model = AutoModelForZeroShotImageClassification.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
+    phrases = [f"This is a photo of {name}." for name in ("cat", "dog", "cow boy")]
+    for x, row in zip(data.train.x, probs, strict=True):
+        image = np.moveaxis(np.repeat(x, 3 // channels, axis=0), 0, 2)
+        padding = "max_length" if kind == "siglip" else True
+        inputs = processor(text=phrases, images=[image], return_tensors="pt", padding=padding, max_length=64)
+        with torch.no_grad():
+            expected = model(**inputs).logits_per_image.softmax(dim=1)[0]
+        assert row == pytest.approx(expected.numpy(), abs=1e-3)
+    assert np.ptp(probs, axis=0).max() > 0.01  # images differ
+
+
+def test_clip_averages_an_ensemble_of_templates_and_takes_descriptions(tmp_path):
+    folder, data = str(tiny_models.clip_model(tmp_path / "clip")), image_data()
+
+    def with_prompt(text):
+        (tmp_path / "prompt").write_text(text)
+        return labeled(data, tmp_path, teacher="clip", model=folder, prompt=str(tmp_path / "prompt"))
+
+    one, two = with_prompt("a {label}"), with_prompt("the drawing of some {label}!")
+    assert np.abs(with_prompt("a {label}\n\n a {label}".replace(" a", "a")) - one).max() < 1e-4
+    both = with_prompt("a {label}\nthe drawing of some {label}!")
+    assert np.abs(both - one).max() > 1e-3 and np.abs(both - two).max() > 1e-3
+    assert np.abs(with_prompt("a cat\na dog\na cow boy") - one).max() < 1e-4
+    with pytest.raises(common.UserError, match="or 3 lines"):
+        with_prompt("a cat\na dog")
+
+
+def test_the_command_line_labels_digits_by_a_clip_folder(tmp_path, monkeypatch, capsys):
+    """main() from beginning to end, the second run finding nothing to do."""
+    folder = str(tiny_models.clip_model(tmp_path / "clip"))
+    args = Args(
+        dataset="digits", split="test", teacher="clip", model=folder, data_dir=str(tmp_path), batch_size=100
+    )
+    result = pseudolabel.main(args)
+    assert result["path"] == str(tmp_path / "labels" / "digits-test-clip.jsonl")
+    assert result["labeled"] == result["known"] == result["with_probs"] == 500 and result["abstentions"] == 0
+    low, high = result["interval"]
+    assert low < result["accuracy"] < high
+    header = read_rows(Path(result["path"]))[0]
+    assert (
+        header["model"] == folder
+        and header["prompt"] == "This is a photo of {label}."
+        and header["prompt_hash"]
+    )
+    assert f"accuracy {result['accuracy']:.2f} % (95 % interval" in capsys.readouterr().out
+    before = Path(result["path"]).read_bytes()
+    monkeypatch.setattr(pseudolabel, "load_pretrained", None)
+    assert pseudolabel.main(args) == result and Path(result["path"]).read_bytes() == before
+
+
+def one_by_one(folder, prompts, answers, special, end):
+    """P(answer | prompt) of every pair by itself: no batch, no padding, no cache; scaled over answers."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    tokenizer, rows = AutoTokenizer.from_pretrained(folder), []
+    seq2seq = "t5" in str(folder)
+    model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(
+        folder, dtype=torch.float32
+    )
+    for prompt in prompts:
+        scores = []
+        for answer in answers:
+            ids = (
+                tokenizer(answer, add_special_tokens=False).input_ids
+                + tokenizer(end, add_special_tokens=False).input_ids
+            )
+            assert ids[-1] != tokenizer.unk_token_id
+            first = tokenizer(prompt, add_special_tokens=special).input_ids
+            with torch.no_grad():
+                if seq2seq:
+                    start = [model.config.decoder_start_token_id]
+                    decoder = torch.tensor([start + ids[:-1]])
+                    logits = model(input_ids=torch.tensor([first]), decoder_input_ids=decoder).logits[0]
+                else:
+                    logits = model(input_ids=torch.tensor([first + ids])).logits[0, len(first) - 1 : -1]
+            scores.append(sum(logits.log_softmax(dim=1)[at, token].item() for at, token in enumerate(ids)))
+        rows.append(np.exp(scores) / np.exp(scores).sum())
+    return np.array(rows)
+
+
+TEXTS = ["so good", "bad, very bad, the worst of all " * 3, "trains", "", "na\u00efve \U0001f600"]
+OPTIONS = "very negative, negative, positive, railway, railway station"
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama", "mistral", "chat"])
+def test_language_models_agree_with_pairs_asked_one_by_one(tmp_path, kind):
+    """Labels of several tokens, with equal first tokens, one the beginning of another; texts of many lengths."""
+    if kind == "t5":
+        folder = tiny_models.seq2seq_model(tmp_path / kind)
+    else:
+        folder = tiny_models.causal_model(
+            tmp_path / kind, "llama" if kind == "chat" else kind, chat=kind == "chat"
+        )
+    prompt = "Q: {text} ({options})\n"
+    (tmp_path / "prompt").write_text(prompt)
+    data = text_data(TEXTS)
+    probs = labeled(
+        data, tmp_path, teacher="text", model=str(folder), batch_size=3, prompt=str(tmp_path / "prompt")
+    )
+    prompts = [prompt.strip().replace("{text}", text).replace("{options}", OPTIONS) for text in TEXTS]
+    if kind == "chat":
+        prompts = [f"<s>user: {prompt}<turn>\n<s>me: " for prompt in prompts]
+    answers = [name if kind in ("t5", "chat") else f" {name}" for name in CLASSES]
+    assert probs == pytest.approx(
+        one_by_one(folder, prompts, answers, kind == "t5", {"t5": "</s>", "chat": "<turn>"}.get(kind, "\n")),
+        abs=2e-4,
+    )
+    assert np.ptp(probs, axis=0).max() > 1e-3
+
+
+def test_two_option_orders_are_averaged(tmp_path):
+    folder, data = tiny_models.seq2seq_model(tmp_path / "t5"), text_data(TEXTS)
+    (tmp_path / "prompt").write_text("{options}? {text}")
+    args = dict(teacher="text", model=str(folder), prompt=str(tmp_path / "prompt"))
+    prompts = [[f"{', '.join(names)}? {text}" for text in TEXTS] for names in (CLASSES, CLASSES[::-1])]
+    orders = [one_by_one(folder, row, CLASSES, True, "</s>") for row in prompts]
+    assert np.abs(orders[0] - orders[1]).max() > 1e-3
+    assert labeled(data, tmp_path, **args) == pytest.approx(orders[0], abs=2e-4)
+    assert labeled(data, tmp_path, **args, order_swaps=2) == pytest.approx(
+        (orders[0] + orders[1]) / 2, abs=2e-4
+    )
+
+
+def test_a_text_longer_than_the_model_takes_is_cut_before_the_options(tmp_path, monkeypatch):
+    folder, seen = tiny_models.causal_model(tmp_path / "gpt2", "gpt2"), []
+    real = pseudolabel.answer_log_probs
+
+    def spy(model, ids, mask, answers):
+        seen.extend(ids)
+        return real(model, ids, mask, answers)
+
+    monkeypatch.setattr(pseudolabel, "answer_log_probs", spy)
+    labeled(
+        text_data(["word " * 3000, "short"]), tmp_path, teacher="text", model=str(folder), max_chars=100_000
+    )
+    from transformers import AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(folder).decode(seen[0])
+    assert (
+        400 < len(seen[0]) <= 512
+        and OPTIONS in text
+        and text.rstrip().endswith("Answer:")
+        and "word word" in text
+    )
+    with pytest.raises(common.UserError, match="the options alone are longer"):
+        names = [f"class number {i}" for i in range(100)]
+        labeled(text_data(["a"], names), tmp_path, teacher="text", model=str(folder))
+
+
+def test_embeddings_agree_with_texts_encoded_one_by_one(tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    folder, data = tiny_models.encoder(tmp_path / "bert"), text_data(TEXTS)
+    probs = labeled(data, tmp_path, teacher="embedding", model=str(folder), temperature=0.5, batch_size=2)
+    model, tokenizer = (
+        AutoModel.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
+
+    def embed(text):
+        ids = tokenizer(text, truncation=True, max_length=64, return_tensors="pt").input_ids
+        with torch.no_grad():
+            mean = model(input_ids=ids).last_hidden_state[0].mean(dim=0)
+        return torch.nn.functional.normalize(mean, dim=0)
+
+    classes = torch.stack([embed(f"This review is {name}.") for name in CLASSES])
+    expected = torch.stack([(classes @ embed(text) / 0.5).softmax(dim=0) for text in TEXTS])
+    assert probs == pytest.approx(expected.numpy(), abs=1e-3)
+
+
+def test_a_student_labels_new_data(tmp_path):
+    preset = common.preset_of("digits")
+    torch.manual_seed(0)
+    student = common.build_student("cnn", 1, 8, 10).eval()
+    config = common.student_config("digits", "cnn", preset, [str(d) for d in range(10)])
+    common.save_student(tmp_path / "student", student, config)
+    args = dict(split="test", teacher="student", student=str(tmp_path / "student"), data_dir=str(tmp_path))
+    result = pseudolabel.main(Args(**args))
+    data = common.load_data("digits", "")
+    expected = common.predict(student, common.Views(data.test, preset, torch.device("cpu")))
+    labels, probs = read_labels(result["path"], data, "test")
+    assert np.abs(probs - expected.numpy()).max() < 1e-4 and np.array_equal(
+        labels, expected.argmax(dim=1).numpy()
+    )
+    assert result["accuracy"] == pytest.approx(common.accuracy(expected, torch.from_numpy(data.test.y)))
+    with torch.no_grad():
+        student.head.bias += 1
+    common.save_student(tmp_path / "student", student, config)
+    with pytest.raises(common.UserError, match="another model"):  # trained on since
+        pseudolabel.main(Args(**args))
+    common.save_student(tmp_path / "student", student, config | {"classes": list("abcdefghij")})
+    with pytest.raises(common.UserError, match="other classes"):
+        pseudolabel.main(Args(**args, output=str(tmp_path / "new.jsonl")))
+
+
+# ---------------------------------------------------------------------------- summary, arguments, default labels
+
+
+def test_the_interval_is_wilsons_and_unknown_labels_do_not_count(tmp_path):
+    """8 of 10 right: centre (p + z^2/2n) / (1 + z^2/n), by hand 49.02 to 94.33; two more have no known label."""
+    data = image_data(12, y=[0, 1, 2, 0, 1, 2, 0, 1, 0, 0, -1, -1])
+    np.save(tmp_path / "l.npy", [0, 1, 2, 0, 1, 2, 0, 1, 1, -1, 1, 1])  # one wrong, one abstention
+    result = pseudolabel.label(
+        data, Args(teacher="import", input=str(tmp_path / "l.npy"), output=str(tmp_path / "o.jsonl"))
+    )
+    assert result["known"] == 10 and result["accuracy"] == pytest.approx(80)
+    assert result["interval"] == pytest.approx([49.02, 94.33], abs=0.01)
+    assert result["abstentions"] == 1 and result["classes"] == {"cat": 3, "dog": 6, "cow_boy": 2}
+
+
+def test_without_known_labels_no_accuracy_is_shown(tmp_path, capsys):
+    np.save(tmp_path / "l.npy", [0, 1])
+    data = image_data(2, y=[-1, -1])
+    args = Args(teacher="import", input=str(tmp_path / "l.npy"), output=str(tmp_path / "o.jsonl"))
+    assert pseudolabel.label(data, args)["accuracy"] is None
+    assert "accuracy" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(teacher="chat"), "needs --model"),
+        (dict(teacher="student"), "needs --student"),
+        (dict(teacher="import"), "needs --input"),
+        (dict(teacher="import", input="nowhere.npy"), "there is no file nowhere.npy"),
+        (dict(teacher="student", student="nowhere"), "there is no file nowhere"),
+        (dict(teacher="text"), "does not label images"),
+        (dict(teacher="glyphs"), "digits only"),
+        (dict(teacher="clip", prompt="nowhere"), "--prompt nowhere: could not be read"),
+        (dict(teacher="chat", model="m", max_cost=1.0), "--max-cost needs"),
+        (dict(teacher="chat", model="m", concurrency=0), "--concurrency 0"),
+        (dict(dry_run=0), "--dry-run 0"),
+        (dict(split="test"), "no test part"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_clear_line(tmp_path, changes, message):
+    with pytest.raises(common.UserError, match=message):
+        pseudolabel.label(image_data(), Args(**{"output": str(tmp_path / "o.jsonl"), **changes}))
+
+
+def test_more_classes_than_an_endpoint_gives_probabilities_for_are_refused(tmp_path):
+    data = image_data(classes=[f"c{i}" for i in range(21)])
+    with pytest.raises(common.UserError, match="--logprobs: 21 classes, at most 20"):
+        pseudolabel.label(
+            data, Args(teacher="chat", model="m", logprobs=True, output=str(tmp_path / "o.jsonl"))
+        )
+
+
+def test_the_one_complete_label_file_is_found(tmp_path):
+    data = image_data()
+    data.test = data.train
+    folder = tmp_path / "labels"
+    train = made_up(folder / "pictures-train-clip.jsonl", data)
+    made_up(folder / "pictures-train-chat.jsonl", data, rows=[{"index": 0, "label": 1}])  # not complete
+    assert pseudolabel.default_labels(data, str(tmp_path)) == (train, None)
+    made_up(folder / "pictures-test-chat.jsonl", data, "test")
+    assert pseudolabel.default_labels(data, str(tmp_path)) == (train, None)  # another teacher's
+    test = made_up(folder / "pictures-test-clip.jsonl", data, "test")
+    assert pseudolabel.default_labels(data, str(tmp_path)) == (train, test)
+    made_up(folder / "pictures-train-text.jsonl", data)
+    with pytest.raises(
+        common.UserError, match="pictures-train-clip.jsonl.*pictures-train-text.jsonl.*--pseudolabels"
+    ):
+        pseudolabel.default_labels(data, str(tmp_path))
+
+
+def test_without_a_label_file_images_are_labeled_by_clip_and_texts_ask_for_a_command(tmp_path, monkeypatch):
+    folder = str(tiny_models.clip_model(tmp_path / "clip"))
+    monkeypatch.setitem(pseudolabel.TEACHERS, "clip", (pseudolabel.label_with_clip, folder, ()))
+    train, test = pseudolabel.default_labels(image_data(), str(tmp_path))
+    assert train.name == "pictures-train-clip.jsonl" and test is None
+    assert read_labels(train, image_data(), "train")[1].shape == (6, 3)
+    with pytest.raises(
+        common.UserError, match="no labels of reviews .*pseudolabel.py --dataset reviews --teacher text"
+    ):
+        pseudolabel.default_labels(text_data(), str(tmp_path))
