@@ -1709,7 +1709,7 @@ class Run:
         if len(self.pending) == 3 and hours > 1 and not self.warned:
             self.warned = True
             print(f"stage {stage} takes about {hours:.0f} h on {self.device}; --num-steps, --batch-size, ", end="")
-            print("a smaller --backbone, --amp bf16 or a GPU make it shorter; it can be stopped and resumed", flush=True)
+            print("a smaller --backbone, --amp bf16 or a GPU make it shorter; it can be resumed", flush=True)
         if (step + 1) % log_every and step + 1 < num_steps:
             return
         rate = len(self.pending) / (time.perf_counter() - self.mark)

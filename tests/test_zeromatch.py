@@ -109,7 +109,7 @@ def test_stage_2_losses_and_marginals_equal_a_slow_second_opinion(seed, first):
     p_lb, p_ulb = np.full(K, 1 / K), None if first else rng.dirichlet(np.ones(K))
     expected = reference_step(a, w, s, ka, kw, y, zs_lb, zs_ulb, p_lb, p_ulb, 0.999, 0.7, 0.3)
 
-    t = lambda v: (
+    t = lambda v: (  # noqa: E731
         torch.from_numpy(np.asarray(v)).float() if np.asarray(v).dtype.kind == "f" else torch.from_numpy(v)
     )  # noqa: E731
     probs_lb, probs_w = t(a).softmax(dim=1), t(w).softmax(dim=1)
