@@ -64,8 +64,7 @@ from pseudolabel import default_labels, read_labels
 class Args:
     # run
     dataset: str = "digits"
-    """Data set: a name of common.PRESETS, a folder of pictures (train/<class>/, unlabeled/ and perhaps test/<class>/),
-    or a .csv or .jsonl file of texts (text, label; an empty label: unlabeled)."""
+    """A name of common.PRESETS, a folder of pictures or a .csv or .jsonl file of texts (README: Your own data)."""
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int = 10
@@ -94,8 +93,7 @@ class Args:
     """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
     # model
     backbone: str | None = None
-    """Encoder: cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of
-    transformers (images or texts)."""
+    """cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of transformers"""
     weights: str | None = None
     """Pre-trained weights of the encoder: a file (texts: a folder), or none; unset: the published ones, if any."""
     # optimization

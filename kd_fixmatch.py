@@ -20,7 +20,7 @@ The inner network's averaged weights predict; reported is the last evaluation, n
     python kd_fixmatch.py                                  handwritten digits, 10 labels, a minute on a laptop
     python kd_fixmatch.py --outer-only                     plain FixMatch
     python kd_fixmatch.py --unsup-loss ce                  KD-FixMatch-CE; default: KD-FixMatch-SCE-1.0-0.1
-    python kd_fixmatch.py --clustering kmeans | none       another second filter | only the first
+    python kd_fixmatch.py --clustering none                only the first filter of T_u
 
 Known from the abstract: the stages, the new start, two filters; from others' summaries: both taus, DEC on
 the features before the softmax, Heuristic 1, SCE's weights. Assumed, like the recipe, one for both networks:
@@ -40,6 +40,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -59,8 +60,7 @@ from common import (
 class Args:
     # run
     dataset: str = "digits"
-    """Data set: a name of common.PRESETS, a folder of pictures (train/<class>/, unlabeled/ and perhaps test/<class>/),
-    or a .csv or .jsonl file of texts (text, label; an empty label: unlabeled)."""
+    """A name of common.PRESETS, a folder of pictures or a .csv or .jsonl file of texts (README: Your own data)."""
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int = 10
@@ -85,8 +85,7 @@ class Args:
     """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
     # model
     backbone: str | None = None
-    """Encoder: cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of
-    transformers (images or texts)."""
+    """cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of transformers"""
     weights: str | None = None
     """Pre-trained weights of the encoder: a file (texts: a folder), or none; unset: the published ones, if any."""
     # optimization
@@ -216,9 +215,8 @@ def loss_robust(name: str, logits_ulb_s: Tensor, target: Tensor, counts: Tensor,
     [B_u, K], [B_u] int64, [B_u] -> scalar. ce: that of stage 1."""
     if name == "ce":
         return loss_consistency(logits_ulb_s, target, counts)
-    if name == "sce":
-        return (sce(logits_ulb_s, target, alpha, beta) * counts).mean()
-    return ({"mae": mae, "nce": nce, "gce": gce}[name](logits_ulb_s, target) * counts).mean()
+    losses = {"sce": partial(sce, alpha=alpha, beta=beta), "mae": mae, "nce": nce, "gce": gce}
+    return (losses[name](logits_ulb_s, target) * counts).mean()
 
 
 # ---------------------------------------------------------------------------- training
@@ -381,9 +379,8 @@ def main(args: Args) -> dict[str, Any]:
     inner = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
     for network in (outer, inner):
         load_weights(network.encoder, args.backbone, args.weights)
-    if args.compile:
-        outer.compile()
-        inner.compile()
+        if args.compile:
+            network.compile()
     if run.state["stage"] < 2:
         outer = train(1, outer, labeled_idx, y_lb_all, train_views, test, args, run)
     elif run.state["stage"] == 2:

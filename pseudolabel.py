@@ -77,8 +77,7 @@ Rows = Iterator[dict[str, Any]]
 class Args:
     # run
     dataset: str = "digits"
-    """Data set: a name of common.PRESETS, a folder of pictures (train/<class>/, unlabeled/ and perhaps test/<class>/),
-    or a .csv or .jsonl file of texts (text, label; an empty label: unlabeled)."""
+    """A name of common.PRESETS, a folder of pictures or a .csv or .jsonl file of texts (README: Your own data)."""
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     split: Literal["train", "test"] = "train"
