@@ -110,7 +110,24 @@ def table(runs: list[dict[str, Any]], zero_shot: float | None) -> str:
         lines.append(
             f"| {row} | {values.mean():.1f} ± {spread(values):.1f} | {difference} | {median:.1f} | {seconds:.0f} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + outer_lines(runs))
+
+
+def outer_lines(runs: list[dict[str, Any]]) -> list[str]:
+    """What KD-FixMatch had before its inner network: its outer one (FixMatch at half the updates), and T_u."""
+    kd = [r for r in runs if r.get("trusted")]
+    if not kd:
+        return []
+    outer = np.array([acc for _, acc in sorted({(r["seed"], r["outer_acc"]) for r in kd})])
+    means = {
+        name: (np.mean([r["trusted"][name][0] for r in kd]), np.mean([r["trusted"][name][1] for r in kd]))
+        for name in ("all", "confident", "trusted")
+    }
+    said = ", ".join(f"{name} {size:.0f} ({right:.1f} % right)" for name, (size, right) in means.items())
+    return [
+        f"| FixMatch, half the updates (the outer network) | {outer.mean():.1f} ± {spread(outer):.1f} | | | |",
+        f"\nOuter network's labels before and after the two filters: {said}.",
+    ]
 
 
 def spread(values: np.ndarray) -> float:
@@ -133,13 +150,13 @@ def draw_curves(runs: list[dict[str, Any]], path: str) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for row in [r for r in ROWS if any(run["row"] == r for run in runs)]:
         for axis, name in zip(axes, ("test/acc", "train/mask_rate"), strict=True):
-            curves: dict[int, list[float]] = {}
+            curves: dict[float, list[float]] = {}
             for run in (r for r in runs if r["row"] == row):
                 for step, value in continuous(run["metrics"], name):
                     curves.setdefault(step, []).append(value)
             if curves:
                 steps = sorted(curves)
-                style = dict(linewidth=2.4) if row == REFERENCE else dict(linewidth=1.1)
+                style = {"color": f"C{list(ROWS).index(row)}", "linewidth": 2.4 if row == REFERENCE else 1.2}
                 axis.plot(steps, [np.mean(curves[s]) for s in steps], label=row, **style)
     for axis, title in zip(axes, ("test accuracy, %", "share of unlabeled examples that count"), strict=True):
         axis.set(title=title, xlabel="updates", xlim=(0, None))
@@ -150,12 +167,15 @@ def draw_curves(runs: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path)
 
 
-def continuous(metrics: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(updates since the start of the run, value) of one metric: the steps of earlier stages are added."""
+def continuous(metrics: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(updates since the start of the run, value) of one metric, with a gap (NaN) between two stages.
+
+    The steps of earlier stages are added; those of clustering, which has no network, are left out."""
     points, offset, stage, last = [], 0, None, 0
-    for row in metrics:
+    for row in (row for row in metrics if "train/agree" not in row):  # which only clustering logs
         if stage is not None and row["stage"] != stage:
             offset += last
+            points.append((offset + 0.5, float("nan")))
         stage, last = row["stage"], row["step"]
         if row.get(name) is not None:
             points.append((offset + row["step"], row[name]))
