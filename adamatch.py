@@ -51,9 +51,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    Run, UserError, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student, check_arguments, cli,
-    draw_labeled, fill_from_preset, load_data, predict, preset_of, pseudo_label_accuracy, save_student, seed_step,
-    setup_device, student_config,
+    Run, TextViews, UserError, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student,
+    check_arguments, cli, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views, measured_part,
+    predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -64,9 +64,12 @@ from pseudolabel import default_labels, read_labels
 class Args:
     # run
     dataset: str = "digits"
-    """Data set: a name of common.PRESETS."""
+    """Data set: a name of common.PRESETS, a folder of pictures (train/<class>/, unlabeled/ and perhaps test/<class>/),
+    or a .csv or .jsonl file of texts (text, label; an empty label: unlabeled)."""
+    test_file: str | None = None
+    """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int = 10
-    """Labeled examples in all, the same number of every class."""
+    """Labeled examples in all, the same number of every class; 0: all whose label is known (own data)."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     pseudolabels: str | None = None
@@ -91,7 +94,10 @@ class Args:
     """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
     # model
     backbone: str | None = None
-    """Encoder: cnn or wrn_28_2."""
+    """Encoder: cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of
+    transformers (images or texts)."""
+    weights: str | None = None
+    """Pre-trained weights of the encoder: a file (texts: a folder), or none; unset: the published ones, if any."""
     # optimization
     num_steps: int | None = None
     """Updates of the network. Alone, it also scales the warm-up and --eval-every."""
@@ -219,8 +225,8 @@ def forward_and_forget(student: nn.Module, x: Tensor, y_zs: Tensor | None, idx: 
 
 
 def train_adamatch(
-    student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views, test: Views, args: Args, run: Run,
-    y_zs: Tensor | None = None, y_zs_test: Tensor | None = None,
+    student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views | TextViews, test: Views | TextViews,
+    args: Args, run: Run, y_zs: Tensor | None = None, y_zs_test: Tensor | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train as `args` say and return the network to evaluate.
 
@@ -231,7 +237,7 @@ def train_adamatch(
     ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, state = run.restore(1, parts)
-    num_classes, original = student.head.out_features, args.variant == "original"
+    num_classes, original = student.num_classes, args.variant == "original"
     p_lb = state.get("p_lb", torch.full((num_classes,), 1 / num_classes, device=run.device))  # starts uniform
     p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
     window = state.get("window", torch.full((128, num_classes), 1 / num_classes, device=run.device))
@@ -250,7 +256,7 @@ def train_adamatch(
         idx_ulb = batch_at(len(train), B_u, args.seed, step)
         x_lb = train.weak(idx_lb)
         if original:  # labeled weak and strong views: loss_s is the mean over both
-            x_lb, idx_lb, y_lb = torch.cat([x_lb, train.strong(idx_lb)]), idx_lb.repeat(2), y_lb.repeat(2)
+            x_lb, idx_lb, y_lb = join([x_lb, train.strong(idx_lb)]), idx_lb.repeat(2), y_lb.repeat(2)
 
         student.train()
         if args.supervised_only:
@@ -259,12 +265,12 @@ def train_adamatch(
         else:
             x_ulb_w, x_ulb_s = train.weak(idx_ulb), train.strong(idx_ulb)
             if coupled:  # one pass: batch statistics are those of the joint batch
-                x, idx = torch.cat([x_lb, x_ulb_w, x_ulb_s]), torch.cat([idx_lb, idx_ulb, idx_ulb])
+                x, idx = join([x_lb, x_ulb_w, x_ulb_s]), torch.cat([idx_lb, idx_ulb, idx_ulb])
                 logits_lb, logits_ulb_w, logits_ulb_s = forward(student, x, y_zs, idx, run).split([len(x_lb), B_u, B_u])
             else:  # no row depends on another and nothing learns from the weak view: no gradient there
                 with torch.no_grad():
                     logits_ulb_w = forward(student, x_ulb_w, y_zs, idx_ulb, run)
-                x, idx = torch.cat([x_lb, x_ulb_s]), torch.cat([idx_lb, idx_ulb])
+                x, idx = join([x_lb, x_ulb_s]), torch.cat([idx_lb, idx_ulb])
                 logits_lb, logits_ulb_s = forward(student, x, y_zs, idx, run).split([len(x_lb), B_u])
             if original and coupled:
                 logits_alone = forward_and_forget(student, x_lb, y_zs, idx_lb, run)
@@ -314,11 +320,11 @@ LINE = (
 
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
-    preset = preset_of(args.dataset)
+    preset = preset_of(args.dataset, args.backbone)
     tau = (0.9 if args.variant == "original" else 0.95) if args.tau is None else args.tau
     args = replace(args, tau=tau, **fill_from_preset(vars(args), preset))
     check_arguments(vars(args))
-    data = load_data(args.dataset, args.data_dir)
+    data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
     zero_shot = [None, None]
     if args.feature_input:
@@ -327,12 +333,13 @@ def main(args: Args) -> dict[str, Any]:
         if None in paths:
             raise UserError("--feature-input needs label files of both parts: --pseudolabels and --pseudolabels-test")
         zero_shot = [read_labels(path, data, split)[0] for path, split in zip(paths, ("train", "test"), strict=True)]
+    test_part, measured = measured_part(data)
 
     device, dtype = setup_device(args.device, args.amp, args.backbone)
-    name = f"adamatch-{args.dataset}-{args.num_labels}-seed{args.seed}"
+    name = f"adamatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(args.runs_dir, name, asdict(args), device, dtype)
     run.describe(data, labeled, vars(args))
-    train, test = Views(data.train, preset, device), Views(data.test, preset, device)
+    train, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in (data.train, test_part))
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     k, extra = len(data.classes), len(data.classes) if args.feature_input else 0
     # one-hot rows, all zero where the teacher abstained
@@ -341,15 +348,16 @@ def main(args: Args) -> dict[str, Any]:
 
     seed_step(args.seed, "weights", 0)
     student = build_student(args.backbone, len(preset.mean), preset.size, k, extra).to(device)
+    load_weights(student.encoder, args.backbone, args.weights)
     if args.compile:
         student.compile()
     evaluated = train_adamatch(student, labeled_idx, y_lb_all, train, test, args, run, y_zs, y_zs_test)
 
     config = student_config(args.dataset, args.backbone, preset, data.classes, extra)
     save_student(run.folder / "student", evaluated, config)
-    result = run.result(stage=1)
+    result = run.result(stage=1) | {"measured": measured}
     run.write_json("result.json", result | {"args": asdict(args)})
-    print(f"\n{args.dataset}, {args.num_labels} labels: accuracy on {len(data.test)} test examples, last evaluation")
+    print(f"\n{data.name}, {len(labeled)} labels: {measured} ({len(test)}), last evaluation")
     print(f"  {'supervised only' if args.supervised_only else 'AdaMatch':30} {result['test_acc']:.2f} %")
     return result
 

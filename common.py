@@ -13,11 +13,20 @@ Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
   C4  Gray images stay gray: Color leaves them as they are, and Cutout's fill is the fill's luminance.
   C5  WRN-28-2: every block's first batch-norm feeds its first convolution. In ZM's copy the one at
       the head of groups 2 and 3 feeds nothing and gets no gradient.
+  C6  SVHN is not mirrored (ZM mirrors digits); EuroSAT turns upside down as published.
+  T1  Text features are the mean over a row's own tokens. ZM's mean runs over the padding too, so that
+      a prediction depends on the longest row of its batch.
+  T2  A text is title and body with a space between, escaped newlines decoded. ZM joins them without
+      one, keeps the escapes and drops Yahoo's last character; Yahoo's best answer is dropped by both.
+  T3  The draw of train, dev and test rows is seeded, and no text of the test part is drawn for the
+      others. ZM's draw is unseeded; its training texts are the last 1,024 characters, as ours are.
+  T4  Strong view of texts that have no back-translations: deletion, masking and swaps of tokens.
 """
 
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import gzip
 import hashlib
@@ -26,23 +35,31 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import threading
 import time
+import urllib.request
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from http.client import HTTPException
+from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------- presets and errors
 
@@ -52,13 +69,13 @@ class UserError(ValueError):
 
 
 class Preset(NamedTuple):
-    """One data set: how its images are stored and seen, and the recipe that trains on it."""
+    """One data set: how its images or texts are stored and seen, and the recipe that trains on it."""
 
     backbone: str
-    size: int  # side of the stored and seen image, pixels
-    pad: int  # weak view: reflected border before the random crop, pixels; 0.125 * size as published
-    flip: bool  # weak view: mirror half of the images
-    mean: tuple[float, ...]  # of each channel, of values in [0, 1]
+    size: int  # side of the seen image, pixels; texts: longest row in tokens, cut on the right
+    pad: int  # reflected border before the random crop, 0.125 * size; 0: crops of a stored size / 0.875
+    flip: int  # views: 1: mirror half of the images, 2: also turn half of them upside down
+    mean: tuple[float, ...]  # of each channel, of values in [0, 1]; empty: texts
     std: tuple[float, ...]
     optimizer: str  # "sgd" (Nesterov momentum 0.9) or "adamw"
     lr: float
@@ -74,6 +91,16 @@ class Preset(NamedTuple):
     eval_every: int
 
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Recipes, columns as below. ZM config/usb_cv_paper: cifar100; flowers102 and resisc45. The others are choices
+# made here: what is nearest of these, with USB's learning rate for eurosat.
+VIT_32 = ("adamw", 5e-4, 5e-4, 0.5, 16, 1, 204_800, 204_800, 5_120, 0.0, 0.999, 2_048)
+VIT_224 = ("adamw", 1e-4, 5e-4, 0.65, 16, 1, 102_400, 102_400, 2_560, 0.0, 0.999, 1_024)
+CLASSIC = {  # --backbone wrn_28_2 from scratch: FixMatch, and USB config/classic_cv; stage 1 is a choice made here
+    "backbone": "wrn_28_2", "optimizer": "sgd", "lr": 0.03, "weight_decay": 5e-4, "layer_decay": 1.0, "batch_size": 64,
+    "uratio": 7, "num_steps": 2**20, "num_steps_stage1": 2**18, "warmup_steps": 0, "ema_decay": 0.999,
+    "marginal_decay": 0.999, "eval_every": 5_120,
+}  # fmt: skip
 # fmt: off
 PRESETS = {
     # backbone, size, pad, flip, mean, std | optimizer, lr, weight decay, layer decay | B, uratio, steps, of stage 1,
@@ -81,16 +108,48 @@ PRESETS = {
     "digits": Preset(
         "cnn", 8, 1, False, (0.305,), (0.376,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 800, 400, 40, 0.99, 0.99, 40),
     "fashion_mnist": Preset(
-        "cnn", 28, 3, True, (0.286,), (0.353,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 1400, 600, 60, 0.99, 0.99, 70),
+        "cnn", 28, 3, 1, (0.286,), (0.353,), "sgd", 0.1, 1e-3, 1.0, 16, 4, 1400, 600, 60, 0.99, 0.99, 70),
+    "cifar10": Preset("vit_small_patch2_32", 32, 4, 1, *IMAGENET, *VIT_32),
+    "cifar100": Preset("vit_small_patch2_32", 32, 4, 1, (129.3 / 255, 124.1 / 255, 112.4 / 255),
+                       (68.2 / 255, 65.4 / 255, 70.4 / 255), *VIT_32),
+    "svhn": Preset("vit_small_patch2_32", 32, 4, 0, (0.438, 0.444, 0.473), (0.1751, 0.1771, 0.1744), *VIT_32),  # C6
+    "eurosat": Preset("vit_small_patch2_32", 32, 4, 2, (0.5,) * 3, (0.5,) * 3, "adamw", 5e-5, 5e-4, 1.0, *VIT_32[4:]),
+    "stl10": Preset("vit_small_patch16_224", 96, 12, 1, (112.4 / 255, 109.1 / 255, 98.6 / 255),
+                    (68.4 / 255, 66.6 / 255, 68.5 / 255), *VIT_224),
+    "flowers102": Preset("vit_small_patch16_224", 224, 0, 1, *IMAGENET, *VIT_224),
+    "resisc45": Preset("vit_small_patch16_224", 224, 0, 1, *IMAGENET, *VIT_224),
+    "food101": Preset("efficientnet_b0", 224, 0, 1, *IMAGENET,
+                      "adamw", 3e-4, 5e-4, 1.0, 16, 3, 102_400, 25_600, 2_560, 0.999, 0.999, 1_024),
+    "ag_news": Preset(  # texts: ZM config/usb_nlp_paper
+        "bert-base-uncased", 512, 0, False, (), (), "adamw", 5e-5, 1e-4, 0.65, 4, 1, 102_400, 102_400, 5120, 0, 0.999,
+        2048),
 }
+PRESETS["yahoo_answers"] = PRESETS["ag_news"]._replace(lr=1e-4)
+PRESETS["amazon_review"] = PRESETS["ag_news"]._replace(lr=1e-5, layer_decay=0.75)
+PRESETS["text"] = PRESETS["ag_news"]._replace(  # files of your own
+    batch_size=8, uratio=2, num_steps=2000, num_steps_stage1=1000, warmup_steps=100, marginal_decay=0.99,
+    eval_every=100)
 # fmt: on
 
 
-def preset_of(dataset: str) -> Preset:
-    """The row of PRESETS for a data set. Raises UserError for a name that is not there."""
-    if dataset not in PRESETS:
-        raise UserError(f"--dataset {dataset}: expected one of {', '.join(PRESETS)}")
-    return PRESETS[dataset]
+def preset_of(dataset: str, backbone: str | None = None) -> Preset:
+    """The row of PRESETS for a data set; with the WRN in place of a ViT, its classic recipe.
+
+    A file of texts has the row "text". A folder of pictures has flowers102's row, and cifar10's with the
+    WRN where their median side is at most 64 pixels. Raises UserError for anything else."""
+    if dataset.endswith((".csv", ".jsonl")):
+        return PRESETS["text"]
+    if (dataset not in PRESETS or dataset == "text") and not Path(dataset).is_dir():
+        names = ", ".join(name for name in PRESETS if name != "text")
+        raise UserError(
+            f"--dataset {dataset}: expected one of {names}, a folder with pictures in train/<class>/, or a file of "
+            "texts ending in .csv or .jsonl"
+        )
+    small = dataset not in PRESETS and median_side(Path(dataset)) <= 64
+    preset = PRESETS.get(dataset) or PRESETS["cifar10" if small else "flowers102"]
+    if preset.backbone.startswith("vit") and (backbone or ("wrn_28_2" if small else "")) == "wrn_28_2":
+        return preset._replace(**CLASSIC | ({"weight_decay": 1e-3} if dataset == "cifar100" else {}))
+    return preset
 
 
 def fill_from_preset(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
@@ -182,19 +241,54 @@ def check_arguments(given: dict[str, Any]) -> None:
 
 @dataclass
 class Split:
-    """Examples of one part: x uint8 [N, C, H, W] (maybe a memory map), y int64 [N], -1 = unknown."""
+    """Examples of one part: x uint8 [N, C, H, W] (maybe a memory map), y int64 [N], -1 = unknown.
+
+    Decoded pictures also keep their files and the hashes of their pixels before any resizing."""
 
     x: np.ndarray
     y: np.ndarray
+    files: list[str] | None = None
+    keys: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def hashes(self) -> list[bytes]:
         """One content hash an example; equal images have equal hashes."""
+        if self.keys is not None:
+            return [bytes.fromhex(key) for key in self.keys]
         return [
             hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=12).digest() for row in self.x
         ]
+
+    def take(self, idx: np.ndarray) -> Split:
+        """The examples at positions idx."""
+        return Split(self.x[idx], self.y[idx])
+
+
+@dataclass
+class TextSplit:
+    """Examples of one part: texts; aug, two lists of back-translations or None; y int64 [N], -1 = unknown."""
+
+    texts: list[str]
+    aug: list[list[str]] | None
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def hashes(self) -> list[bytes]:
+        """One content hash an example; equal texts have equal hashes."""
+        return [text_hash(text) for text in self.texts]
+
+    def take(self, idx: np.ndarray) -> TextSplit:
+        """The examples at positions idx."""
+        aug = self.aug and [[column[i] for i in idx] for column in self.aug]
+        return TextSplit([self.texts[i] for i in idx], aug, self.y[idx])
+
+
+def text_hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=12).digest()
 
 
 @dataclass
@@ -204,22 +298,37 @@ class Data:
 
     name: str
     classes: list[str]
-    train: Split
-    test: Split | None
+    train: Split | TextSplit
+    test: Split | TextSplit | None
 
-    def part(self, split: str) -> Split:
+    def part(self, split: str) -> Split | TextSplit:
         part = self.train if split == "train" else self.test
         if part is None:
             raise UserError(f"{self.name} has no {split} part")
         return part
 
 
-def load_data(dataset: str, data_dir: str) -> Data:
-    """Load a data set by name, fetching it into `data_dir` where it is not found on this machine.
+def load_data(dataset: str, data_dir: str, test_file: str | None = None) -> Data:
+    """Load a data set by name, fetching it into `data_dir` where it is not found on this machine, or a file of texts.
 
     Raises UserError with the address and the place for a manual copy when it cannot be fetched."""
-    preset_of(dataset)
-    return {"digits": load_digits, "fashion_mnist": load_fashion_mnist}[dataset](data_dir)
+    preset = preset_of(dataset)
+    if preset is PRESETS["text"]:
+        return load_text_file(dataset, test_file)
+    if test_file:
+        raise UserError(f"--test-file {test_file}: {dataset} has a test part of its own; leave the flag out")
+    if dataset in TEXT_SETS:
+        return load_text_set(dataset, data_dir)
+    if dataset not in PRESETS:
+        return load_folder(Path(dataset), data_dir, preset)
+    if dataset in ("digits", "fashion_mnist"):
+        return {"digits": load_digits, "fashion_mnist": load_fashion_mnist}[dataset](data_dir)
+    sources = fetch_source(dataset, data_dir)
+    if dataset in ("cifar10", "cifar100", "svhn", "stl10"):
+        return load_arrays(dataset, data_dir, sources)
+    classes, train, test = list_pictures(dataset, data_dir)
+    store = f"{data_dir}/decoded/{dataset}"
+    return Data(dataset, classes, decode(train, store, preset, "train"), decode(test, store, preset, "test"))
 
 
 def load_digits(data_dir: str) -> Data:
@@ -270,35 +379,469 @@ def load_fashion_mnist(data_dir: str) -> Data:
     return Data("fashion_mnist", FASHION_CLASSES, *parts)
 
 
-def fetch(url: str, path: Path, md5: str) -> None:
+# What each data set is made of: address, md5, folder below --data-dir, what an archive unpacks to. The places are those
+# of torchvision's classes, so that their downloads are found. Sources: torchvision 0.29 datasets; torchgeo resisc45.
+# fmt: off
+OXFORD, HOUSES = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", "http://ufldl.stanford.edu/housenumbers/"
+RESISC = "https://hf.co/datasets/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/"
+SOURCES = {
+    "cifar10": [("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                 "c58f30108f718f92721af3b95e74349a", "", "cifar-10-batches-py")],
+    "cifar100": [("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+                  "eb9058c3a382ffc7106e4002c42a8d85", "", "cifar-100-python")],
+    "svhn": [(HOUSES + "train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373", "", ""),
+             (HOUSES + "extra_32x32.mat", "a93ce644f1a588dc4d68dda5feec44a7", "", ""),
+             (HOUSES + "test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3", "", "")],
+    "stl10": [("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+               "91f7769df0f17e558f3565bffb0c7dfb", "", "stl10_binary")],
+    "food101": [("http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+                 "85eeb15f3717b99a5da872d97d918f87", "", "food-101")],
+    "flowers102": [(OXFORD + "102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", "flowers-102", "jpg"),
+                   (OXFORD + "imagelabels.mat", "e0620be6f572b9609742df49c70aed4d", "flowers-102", ""),
+                   (OXFORD + "setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c", "flowers-102", "")],
+    "eurosat": [("https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/"
+                 "EuroSAT.zip", "c8fa014336c82ac7804f0398fcb19387", "eurosat", "2750")],
+    "resisc45": [(RESISC + "NWPU-RESISC45.zip", "75206b2e16446591afa88e2628744886", "resisc45", "NWPU-RESISC45"),
+                 (RESISC + "resisc45-test.txt", "3dda9e4988b47eb1de9f07993653eb08", "resisc45", "")],
+}
+EUROSAT_CLASSES = (  # of its folders AnnualCrop ... SeaLake, as BatsResearch/menghini-neurips23-code words them
+    "annual crop land, forest, brushland or shrubland, highway or road, industrial buildings or commercial buildings, "
+    "pasture land, permanent crop land, residential buildings or homes or apartments, river, lake or sea"
+).split(", ")
+# fmt: on
+
+
+def fetch(url: str, path: Path, checksum: str | None = None) -> None:
     """Download `url` to `path` unless it is there; a partial or wrong file never gets that name.
 
-    Raises UserError naming the address, the reason and where to put a manual copy."""
-    if path.exists():
-        return
-    from torchvision.datasets.utils import download_url
+    checksum: md5, or sha256 when 64 digits long; also of a file that was there. Raises UserError
+    naming the address, the reason and where to put a manual copy."""
 
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    def is_wrong(file: Path) -> bool:
+        with open(file, "rb") as content:
+            kind = "sha256" if len(checksum or "") == 64 else "md5"
+            return bool(checksum) and hashlib.file_digest(content, kind).hexdigest() != checksum
+
+    if path.exists():
+        if is_wrong(path):
+            raise UserError(f"{path} is damaged or not the file of {url}; delete it and run again")
+        return
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.unlink(missing_ok=True)
-        download_url(url, str(path.parent), part.name, md5)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        request = urllib.request.Request(url, headers={"User-Agent": "zeromatch"})
+        with urllib.request.urlopen(request, timeout=20) as response, open(part, "wb") as file:
+            size = response.length
+            with tqdm.wrapattr(file, "write", total=size, desc=path.name, disable=None) as out:
+                shutil.copyfileobj(response, out, 2**20)
+        if size is not None and part.stat().st_size < size:
+            raise OSError(f"ended after {part.stat().st_size} of {size} bytes")
+        if is_wrong(part):
+            raise OSError("its checksum is not the published one")
         part.rename(path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, HTTPException) as error:
+        raise UserError(f"could not fetch {url} ({error}); put the file at {path} by hand and run again") from None
+    finally:
         part.unlink(missing_ok=True)
+
+
+TEXT_URL = "https://s3.amazonaws.com/fast-ai-nlp/"
+TEXT_SETS = {  # archive, its sha256, classes, rows a class of train, dev and test, how its CSV writes a newline
+    "ag_news": (
+        "ag_news_csv.tgz", "9a8c300eabb45750237fcc669f61cb8a3448f3ef6f6098e1ce340e444f6872be",
+        "world, sports, business, technology", (25000, 2500, 1900), "\\",
+    ),
+    "yahoo_answers": (
+        "yahoo_answers_csv.tgz", "2d4277855faf8b35259009425fa8f7fe1888b5644b47165508942d000f4c96ae",
+        "society, science, health, education, computer, sports, business, entertainment, relationship, politics",
+        (50000, 5000, 6000), "\\n",
+    ),
+    "amazon_review": (
+        "amazon_review_full_csv.tgz", "4af62eeee139d0142e0747340b68646d23483d9475c33ea0641ee9175b423443",
+        "very negative, negative, neutral, positive, very positive", (50000, 5000, 13000), "\\n",
+    ),
+}  # fmt: skip
+
+
+def load_text_set(name: str, data_dir: str) -> Data:
+    """A published set of texts from train.json and test.json in data_dir/name, {id: {ori, label, aug_0, aug_1}}.
+
+    USB's files are taken where the user has put them there; otherwise they are made from the archive,
+    once, without back-translations. Test texts that also stand in the training part are left out."""
+    archive, sha256, classes, sizes, newline = TEXT_SETS[name]
+    folder, classes = Path(data_dir) / name, classes.split(", ")
+    if not all((folder / f"{part}.json").exists() for part in ("train", "test")):
+        fetch(TEXT_URL + archive, folder / archive, sha256)
+        split_archive(folder / archive, len(classes), sizes, newline)
+    numbers = [str(label) for label in range(len(classes))]
+    train, test = (read_texts(folder / f"{part}.json", numbers)[0] for part in ("train", "test"))
+    pool = set(train.hashes())
+    unseen = np.flatnonzero([text not in pool for text in test.hashes()])
+    if len(unseen) < len(test):
+        print(f"{name}: {len(test) - len(unseen)} test texts that also stand in the training part are left out")
+    return Data(name, classes, train, test.take(unseen))
+
+
+def split_archive(archive: Path, num_classes: int, sizes: tuple[int, int, int], newline: str) -> None:
+    """Write test.json, train.json and dev.json beside the archive: a fixed draw of `sizes` rows a class.  # T3
+
+    dev is kept out of the pool and never read here. Each CSV is read twice: only drawn rows are held."""
+    rng, in_test = np.random.RandomState(0), set()
+    for member, parts in (("test", {"test": sizes[2]}), ("train", {"train": sizes[0], "dev": sizes[1]})):
+        rows = archive_rows(archive, member, newline)
+        y = np.array([-1 if text_hash(text) in in_test else label for label, text in rows])
+        orders, start, part_of = [rng.permutation(np.flatnonzero(y == k)) for k in range(num_classes)], 0, {}
+        for part, size in parts.items():
+            part_of |= dict.fromkeys(np.concatenate([o[start : start + size] for o in orders]).tolist(), part)
+            start += size
+        drawn: dict[str, dict[int, Any]] = {part: {} for part in parts}
+        for row, (label, text) in enumerate(archive_rows(archive, member, newline)):
+            if row in part_of:
+                drawn[part_of[row]][row] = {"ori": text[-1024:] if member == "train" else text, "label": label}
+        in_test |= {text_hash(row["ori"]) for row in drawn.get("test", {}).values()}
+        for part, content in drawn.items():
+            write_atomically(archive.with_name(f"{part}.json"), json.dumps(content).encode())
+
+
+def archive_rows(archive: Path, member: str, newline: str) -> Iterator[tuple[int, str]]:
+    """(label from 0, text) of every row of one CSV in an archive; text is title and body.  # T2"""
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with tarfile.open(archive) as tar:
+            name = next(name for name in tar.getnames() if name.endswith(f"/{member}.csv"))
+            file = io.TextIOWrapper(tar.extractfile(name), "utf-8", newline="")
+            for row in tqdm(csv.reader(file), f"reading {name}", disable=None):
+                yield int(row[0]) - 1, clean(" ".join(row[1:3]).replace(newline, "\n"))
+    except (OSError, EOFError, LookupError, ValueError, StopIteration, tarfile.TarError, csv.Error) as error:
+        raise UserError(f"{archive}: damaged or of another layout ({error!r}); delete it and run again") from None
+
+
+def clean(value: Any) -> str:
+    """A field as text without outer blanks, "" for None; half surrogate pairs, which no UTF-8 has, become "?"."""
+    return "" if value is None else str(value).encode("utf-8", "replace").decode().strip()
+
+
+def read_texts(path: Path, classes: list[str] | None = None) -> tuple[TextSplit, list[str]]:
+    """(texts, class names) of CSV with a header or JSON Lines (text, label), or of USB's JSON ({id: {ori, label}}).
+
+    aug_0 and aug_1 are back-translations, where they stand; an empty label is an unknown one; rows
+    without text are left out. Classes are the labels in sorted order, numbers by value.
+    Raises UserError for another layout and for a label that is not in given `classes`."""
+    csv.field_size_limit(2**31 - 1)
+    rows: list[dict[str, Any]] = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".json":
+                found = json.load(file).values()
+            elif path.suffix == ".jsonl":
+                found = (json.loads(line) for line in file if line.strip())
+            else:
+                found = csv.DictReader(file, strict=True)
+            for row in found:
+                if not isinstance(row, dict) or not {"text", "ori"} & set(row) or None in row:
+                    raise ValueError("expected fields text and label, in CSV with quotes around a text that has commas")
+                rows.append({key: clean(value) for key, value in row.items()})
+    except (OSError, ValueError, AttributeError, csv.Error) as error:
+        raise UserError(f"{path}: could not be read at row {len(rows) + 1}: {error}") from None
+    kept = [row for row in rows if row.get("text") or row.get("ori")]
+    if len(kept) < len(rows):
+        print(f"{path}: {len(rows) - len(kept)} rows without text are left out")
+    texts, labels = [row.get("text") or row["ori"] for row in kept], [row.get("label", "") for row in kept]
+    names = sorted(set(labels) - {""}, key=lambda c: (0, int(c), c) if c.isdecimal() else (1, 0, c))
+    if classes is not None and (not kept or set(labels) - set(classes)):
+        raise UserError(f"{path}: has labels {sorted(set(labels))}, expected only those of the classes: {classes}")
+    number = {name: label for label, name in enumerate(classes or names)} | {"": -1}
+    keys = [key for key in ("aug_0", "aug_1") if any(row.get(key) for row in kept)]
+    aug = [[row.get(key) or text for row, text in zip(kept, texts, strict=True)] for key in keys]
+    return TextSplit(texts, aug or None, np.array([number[label] for label in labels], np.int64)), classes or names
+
+
+def load_text_file(path: str, test_file: str | None) -> Data:
+    """Texts of the user's own (`read_texts`).
+
+    Without a test file a fifth of the labeled rows of every class is held out, if every class has
+    ten (of texts that occur once); the draw is fixed. Raises UserError when a test text is in the pool."""
+    (train, classes), test = read_texts(Path(path)), None
+    if test_file:
+        test, _ = read_texts(Path(test_file), classes)
+        pool = set(train.hashes())
+        inside = [row for row, text in enumerate(test.hashes(), 1) if text in pool]
+        if inside:
+            raise UserError(
+                f"{test_file}: {len(inside)} of its {len(test)} texts also stand in {path} (first: row {inside[0]}), "
+                "and no test text may be in the unlabeled pool; delete them from one of the two files"
+            )
+    else:
+        _, at, times = np.unique(np.array(train.hashes(), "S12"), return_inverse=True, return_counts=True)
+        once = [np.flatnonzero((train.y == label) & (times[at] == 1)) for label in range(len(classes))]
+        if min(map(len, once), default=0) >= 10:
+            rng = np.random.RandomState(0)
+            held = np.concatenate([rng.permutation(rows)[: len(rows) // 5] for rows in once])
+            train, test = train.take(np.setdiff1d(np.arange(len(train)), held)), train.take(np.sort(held))
+    return Data(Path(path).stem, classes, train, test)
+def fetch_source(dataset: str, data_dir: str) -> list[Path]:
+    """Fetch and unpack SOURCES[dataset]; returns all its files. A folder appears only when it is whole."""
+    from torchvision.datasets.utils import extract_archive
+
+    files = []
+    for url, checksum, below, content in SOURCES[dataset]:
+        folder = Path(data_dir) / below
+        archive, unpacked = folder / url.rsplit("/", 1)[1], folder / content
+        if not content or not unpacked.exists():
+            fetch(url, archive, checksum)
+        if content and not unpacked.exists():
+            print(f"unpacking {archive}", flush=True)
+            try:
+                with tempfile.TemporaryDirectory(dir=folder) as part:
+                    extract_archive(str(archive), part)
+                    os.rename(Path(part) / content, unpacked)
+            except OSError as error:
+                raise UserError(f"could not unpack {content} from {archive} ({error.strerror}); make room") from None
+        files += files_below(unpacked) if content else [archive]
+    return files
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and its folders, by name; what is hidden is left out."""
+    files = []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        files += [Path(at) / name for name in names if name[0] != "."]
+    return sorted(files)
+
+
+def load_arrays(dataset: str, data_dir: str, sources: list[Path]) -> Data:
+    """CIFAR-10, CIFAR-100 (fine labels), SVHN (training part: train and extra, 604,388) and STL-10
+    (training part: 5,000 labeled and 100,000 unlabeled), as torchvision reads them."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, dataset.upper())
+    options = {"svhn": [("train", "extra"), ("test",)], "stl10": [("train+unlabeled",), ("test",)]}
+
+    def make(parts: tuple, file: Path) -> dict[str, Any]:
+        try:
+            read = [kind(data_dir, part) for part in parts]
+        except RuntimeError:
+            raise UserError(f"{data_dir}: unpacked files of {dataset} are damaged; delete them and run again") from None
+        x = np.concatenate([part.data for part in read])
+        with open(file, "wb") as out:
+            np.save(out, x.transpose(0, 3, 1, 2) if "cifar" in dataset else x)
+        y = np.concatenate([getattr(part, "targets" if "cifar" in dataset else "labels") for part in read])
+        names = getattr(read[0], "classes", list("0123456789"))
+        return {"y": y.astype(int).tolist(), "classes": [name.replace("_", " ") for name in names]}
+
+    splits = []
+    for part, parts in zip(("train", "test"), options.get(dataset, [(True,), (False,)]), strict=True):
+        x, facts = stored(Path(data_dir) / f"decoded/{dataset}-{part}.npy", sources, "", partial(make, parts))
+        splits.append(Split(x, np.array(facts["y"])))
+    return Data(dataset, facts["classes"], *splits)
+
+
+Pictures = list[tuple[Path, int]]  # (file, label or -1)
+
+
+def list_pictures(dataset: str, data_dir: str) -> tuple[list[str], Pictures, Pictures]:
+    """(class names in label order, training part, test part) of a published set of picture files.
+
+    food101: 75,750 + 25,250. flowers102: train and val, 2,040 + 6,149. resisc45: all but torchgeo's
+    test list, 25,200 + 6,300 (ZM's lists come from elsewhere). eurosat has no published split: the
+    first 80 % of every class by name, as in USB, 21,600 + 5,400."""
+    from torchvision import datasets
+
+    if dataset == "food101":
+        read = [datasets.Food101(data_dir, part) for part in ("train", "test")]
+    elif dataset == "flowers102":
+        read = [datasets.Flowers102(data_dir, part) for part in ("train", "val", "test")]
+    else:
+        folder = Path(data_dir) / ("eurosat/2750" if dataset == "eurosat" else "resisc45/NWPU-RESISC45")
+        read = [datasets.ImageFolder(folder)]
+    classes = EUROSAT_CLASSES if dataset == "eurosat" else [name.replace("_", " ") for name in read[0].classes]
+    if len(read) > 1:
+        parts = [list(zip(part._image_files, part._labels, strict=True)) for part in read]
+        return classes, sum(parts[:-1], []), parts[-1]
+    samples, y = [(Path(file), label) for file, label in read[0].samples], np.array(read[0].targets)
+    if dataset == "eurosat":
+        rank = np.arange(len(y)) - np.searchsorted(y, y)  # y is sorted
+        is_test = rank >= np.bincount(y)[y] * 4 // 5
+    else:
+        listed = set((folder.parent / "resisc45-test.txt").read_text().split())
+        is_test = np.array([file.name in listed for file, _ in samples])
+    return classes, *([samples[i] for i in np.flatnonzero(is_test == test)] for test in (False, True))
+
+
+def load_folder(folder: Path, data_dir: str, preset: Preset) -> Data:
+    """Own pictures: train/<class>/, and where they exist unlabeled/ (also nested) and test/<class>/.
+
+    Without test/, a fifth of every class is held out when each has at least 10 labeled pictures;
+    with fewer there is no test part. Raises UserError for another structure, an unreadable labeled
+    picture, and test pictures that are also in the training part."""
+    names, name = {}, folder.resolve().name
+    for part in ("train", "test"):
+        names[part] = sorted(at.name for at in (folder / part).glob("[!.]*") if at.is_dir())
+    files = {label: files_below(folder / "train" / label) for label in names["train"]}
+    wrong = [label for label in files if not files[label]] + [label for label in names["test"] if label not in files]
+    if len(files) < 2 or wrong:
         raise UserError(
-            f"could not fetch {url} ({error}); put the file at {path} by hand and run again"
-        ) from None
+            f"--dataset {folder}: expected at least two folders train/<class>/ with pictures, and no other classes "
+            f"in test/; found {len(files)}" + (f", wrong: {', '.join(wrong)}" if wrong else "")
+        )
+    fewest, held_out = min(map(len, files.values())), not names["test"]
+    train, test, said = [], [], "test/"
+    for y, label in enumerate(files):
+        order = np.random.RandomState(0).permutation(len(files[label]))
+        cut = set(order[: len(order) // 5]) if held_out and fewest >= 10 else set()
+        train += [(file, y) for i, file in enumerate(files[label]) if i not in cut]
+        test += [(file, y) for i, file in enumerate(files[label]) if i in cut]
+        test += [(file, y) for file in files_below(folder / "test" / label)]
+    if held_out:
+        said = f"a fifth of train/ ({len(test)} pictures)" if test else "nothing, as a class has under 10 pictures"
+    print(f"{name}: tested on {said}; seen at {preset.size} pixels, by default by {preset.backbone}")
+    train += [(file, -1) for file in files_below(folder / "unlabeled")]
+    store = f"{data_dir}/decoded/{name}-{hashlib.md5(str(folder.resolve()).encode()).hexdigest()[:8]}"
+    test_part = decode(test, store, preset, "test") if test else None
+    train_part = decode(train, store, preset, "train", test_part.keys if test else [], held_out)
+    return Data(name, list(files), train_part, test_part)
+
+
+def median_side(folder: Path) -> float:
+    """The median of the pictures' shorter sides in pixels, of about a hundred in train/."""
+    from PIL import Image
+
+    sides, files = [], files_below(folder / "train")
+    for file in files[:: len(files) // 100 + 1]:
+        try:
+            with Image.open(file) as image:
+                sides.append(min(image.size))
+        except OSError:
+            continue  # decoding will name it
+    return float(np.median(sides or [256]))
+
+
+def stored(
+    path: Path, sources: list[Path], recipe: Any, make: Callable[[Path], dict[str, Any]]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(memory map of `path`, facts): an array `make(file) -> facts` writes once, and again when the
+    recipe or a source's name, size or time has changed. It gets its name when it is whole."""
+    stats = [(source.name, source.stat().st_size, source.stat().st_mtime_ns) for source in sources]
+    key = hashlib.blake2b(json.dumps([recipe, stats]).encode(), digest_size=16).hexdigest()
+    note, part = path.with_suffix(".json"), path.with_name(f"{path.name}.{os.getpid()}.part")
+    facts = json.loads(note.read_text()) if note.exists() and path.exists() else {}
+    if facts.get("key") != key:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            facts = make(part) | {"key": key}
+            note.unlink(missing_ok=True)
+            os.replace(part, path)
+        except OSError as error:
+            raise UserError(f"could not write {path} ({error}); make room or give another --data-dir") from None
+        finally:
+            part.unlink(missing_ok=True)
+        write_atomically(note, json.dumps(facts).encode())
+    return np.load(path, mmap_mode="r"), facts
+
+
+def decode(
+    pictures: Pictures, store: str, preset: Preset, part: str, test_keys: Any = (), held_out: bool = False
+) -> Split:
+    """All pictures of a part as one stored array, decoded by all cores.
+
+    train: squashed to a square. test: short side to the same length, center crop. Raises UserError
+    for unreadable labeled pictures, and for training pictures equal to one of the test part."""
+    side = preset.size if preset.pad else round(preset.size / 0.875)  # ZM crop_ratio
+    shape = (len(pictures), 3, *[side if part == "train" else preset.size] * 2)
+
+    def make(to: Path) -> dict[str, Any]:
+        need, free = math.prod(shape), shutil.disk_usage(to.parent).free
+        if need > free:  # a memory map would end the process instead
+            raise OSError(f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+        x = np.lib.format.open_memmap(to, mode="w+", dtype=np.uint8, shape=shape)
+        one = partial(decode_one, x=x, side=side, squash=part == "train")
+        with ThreadPool(os.cpu_count()) as pool:  # Pillow's decoders work outside the interpreter's lock
+            work = tqdm(pool.imap(one, enumerate(pictures)), f"decoding {part} pictures", len(x), disable=None)
+            keys = list(work)
+        bad = [i for i, key in enumerate(keys) if key is None]
+        refused = [str(pictures[i][0]) for i in bad if pictures[i][1] >= 0]
+        doubles = [i for i, key in enumerate(keys) if key in known]
+        if refused:
+            raise UserError(f"{len(refused)} labeled pictures cannot be read: {', '.join(refused[:5])}; remove them")
+        if doubles and not held_out:
+            where = f"{len(doubles)} pictures of the training part are also in test/, e.g. {pictures[doubles[0]][0]}"
+            raise UserError(f"{where}; remove them from one of the two")
+        if bad or doubles:
+            print(f"left out: {len(doubles)} pictures equal to a held-out one, {len(bad)} unreadable ones", end="")
+            print(*["", *[pictures[i][0] for i in bad]], sep="\n  ")
+        keep = sorted({*range(len(x))} - {*bad, *doubles})
+        for target, i in enumerate(keep):
+            if target != i:
+                x[target] = x[i]
+        x.flush()
+        return {"keep": keep, "keys": [keys[i] for i in keep]}
+
+    known = set(test_keys)
+    recipe = [shape, [y for _, y in pictures], sorted(known)]
+    x, facts = stored(Path(f"{store}-{part}-{side}.npy"), [file for file, _ in pictures], recipe, make)
+    files, labels = zip(*[pictures[i] for i in facts["keep"]], strict=True)
+    return Split(x[: len(labels)], np.array(labels), [str(file) for file in files], facts["keys"])
+
+
+def decode_one(numbered: tuple[int, tuple[Path, int]], x: np.ndarray, side: int, squash: bool) -> str | None:
+    """Decode (index, (file, label)) to x[index]; returns the hash of its pixels, None where it is unreadable."""
+    from torchvision.transforms import functional as geometry
+
+    index, (file, _) = numbered
+    try:
+        image = read_picture(file)
+    except Exception:  # damaged files make Pillow raise errors of many kinds; the caller names the file
+        return None
+    fitted = geometry.resize(image, [side, side] if squash else [side])
+    x[index] = np.asarray(geometry.center_crop(fitted, list(x.shape[2:]))).transpose(2, 0, 1)
+    return hashlib.blake2b(image.tobytes() + str(image.size).encode(), digest_size=12).hexdigest()
+
+
+def read_picture(file: str | Path) -> Any:
+    """Any picture as 8-bit RGB: turned as its EXIF data say, on white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def measured_part(data: Data, y_zs: np.ndarray | None = None) -> tuple[Split | TextSplit, str]:
+    """(the part that is evaluated, what its figure is called): the test part and its accuracy.
+
+    Own data without one: 2,000 training examples, against the teacher's labels y_zs [N] where there are
+    any, else the labeled ones against their labels; called what it is."""
+    if data.test is not None:
+        return data.test, "accuracy on test examples"
+    labels, name = data.train.y, "no test part, accuracy on the labeled training examples"
+    if y_zs is not None:
+        labels, name = y_zs, "no test part, agreement with the teacher on training examples"
+    shown = np.flatnonzero(labels >= 0)[:2000]
+    part = data.train.take(shown)
+    part.y = labels[shown]
+    print(f"test/acc below: {name} ({len(shown)})")
+    return part, name
 
 
 def draw_labeled(y: np.ndarray, num_labels: int, num_classes: int, seed: int) -> np.ndarray:
     """Indices [num_labels] int64 of the labeled examples: num_labels / K of every class, seeded.
 
-    Raises UserError when K does not divide num_labels or a class has too few examples."""
-    if num_labels <= 0 or num_labels % num_classes:
+    0 stands for every example whose label is known. Raises UserError when K does not divide
+    num_labels or a class has too few examples."""
+    if num_classes < 2:
+        raise UserError(f"the labels name {num_classes} classes; expected a few labeled rows of 2 or more")
+    if num_labels == 0:
+        return np.flatnonzero(y >= 0)
+    if num_labels < 0 or num_labels % num_classes:
         near = [num_classes * k for k in (1, 2, 4)]
         raise UserError(
-            f"--num-labels {num_labels}: expected a positive multiple of {num_classes} (one per class), e.g. {near}"
+            f"--num-labels {num_labels}: expected a multiple of {num_classes} (classes), e.g. {near}, or 0: all labels"
         )
     each, rng = num_labels // num_classes, np.random.RandomState(seed)
     drawn = []
@@ -330,7 +873,7 @@ def take_pixels(x: Tensor, rows: Tensor, cols: Tensor, inside: Tensor | None = N
     return out if inside is None else out * inside[:, None]
 
 
-def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: bool) -> Tensor:
+def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tensor:
     """Reflect `pad` pixels around the image, crop size x size at a random place, mirror half of them.
 
     u [n, 3] in [0, 1): row, column, mirror. [n, C, H, W] -> [n, C, size, size]."""
@@ -344,7 +887,45 @@ def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: bool) -> Tens
     cols = (width - 1) - (width - 1 - cols).abs()
     if flip:
         cols = torch.where(u[:, 2, None] < 0.5, cols.flip(1), cols)
+    if flip == 2:
+        rows = torch.where(u[:, 2, None] * 2 % 1 < 0.5, rows.flip(1), rows)
     return take_pixels(x, rows[:, :, None], cols[:, None, :])
+
+
+def resize_weights(start: Tensor, length: Tensor, size: int, source: int) -> Tensor:
+    """Weights [n, size, source] of Pillow's bilinear resize of pixels start ... start + length - 1 to `size`.
+
+    Triangles as wide as the reduction, which is what keeps a reduced image from flickering."""
+    scale = (length / size)[:, None, None]
+    at = torch.arange(source, device=start.device) - start[:, None, None] + 0.5  # [n, 1, source]
+    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # [n, size, 1]
+    weight = (1 - (at - center).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((at > 0) & (at < length[:, None, None]))
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+AREA_DRAWS = 2 * 10  # (area, proportion) of ten tries, torchvision's number
+
+
+def random_resized_crop(x: Tensor, u: Tensor, u_area: Tensor, size: int, flip: int) -> Tensor:
+    """A part of 0.08 to 1 of the area with sides 3:4 to 4:3, resized to size x size, half of them mirrored.
+
+    u [n, 3] in [0, 1): row, column, mirror; u_area [n, AREA_DRAWS]; the first try that fits into the
+    image counts, else the whole image. Source: torchvision transforms.RandomResizedCrop."""
+    height, width = x.shape[2:]
+    area, ratio = u_area.unflatten(1, (-1, 2)).unbind(dim=2)  # [n, 10]
+    area, ratio = (0.08 + 0.92 * area) * height * width, (math.log(3 / 4) + 2 * math.log(4 / 3) * ratio).exp()
+    sides = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=2)
+    whole = torch.tensor([height, width], device=x.device)
+    sides = torch.cat([sides, whole.expand(len(x), 1, 2)], dim=1)
+    first = (sides <= whole).all(dim=2).float().argmax(dim=1)  # of equal ones argmax takes the first
+    h, w = sides[torch.arange(len(x), device=x.device), first].unbind(dim=1)
+    rows = resize_weights((u[:, 0] * (height - h + 1)).floor(), h, size, height)
+    cols = resize_weights((u[:, 1] * (width - w + 1)).floor(), w, size, width)
+    if flip:
+        cols = torch.where(u[:, 2, None, None] < 0.5, cols.flip(1), cols)
+    x = (x.float() @ cols.mT[:, None] + 0.501).floor()  # rounded after each direction, halves up, as in Pillow
+    return (rows[:, None] @ x + 0.501).clamp(0, 255).to(torch.uint8)
 
 
 def luminance(x: Tensor) -> Tensor:
@@ -472,15 +1053,20 @@ def cutout(x: Tensor, u: Tensor) -> Tensor:
 WEAK_DRAWS, STRONG_DRAWS = 3, 3 + 2 * 3 + 3  # numbers u an image
 
 
-def weak_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: bool) -> Tensor:
+def weak_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tensor:
     """The weak view: random crop of the reflected image, random mirror. u [n, WEAK_DRAWS] in [0, 1)."""
     return crop_and_flip(x, u.to(x.device), size, pad, flip)
 
 
-def strong_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: bool) -> Tensor:
-    """The strong view: crop and mirror like the weak one, RandAugment, Cutout. u [n, STRONG_DRAWS], CPU."""
-    u_crop, u_operations, u_cutout = u.split([3, 6, 3], dim=1)
-    x = crop_and_flip(x, u_crop.to(x.device), size, pad, flip)
+def strong_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tensor:
+    """The strong view: crop and mirror, RandAugment, Cutout. u [n, STRONG_DRAWS] on the CPU.
+
+    The crop is the weak one's; without a border it is a resized one, u [n, STRONG_DRAWS + AREA_DRAWS]."""
+    u_crop, u_operations, u_cutout, u_area = u.tensor_split([3, 9, 12], dim=1)
+    if pad:
+        x = crop_and_flip(x, u_crop.to(x.device), size, pad, flip)
+    else:
+        x = random_resized_crop(x, u_crop.to(x.device), u_area.to(x.device), size, flip)
     x = rand_augment(x, u_operations.unflatten(1, (3, 2)))
     return cutout(x, u_cutout.to(x.device))
 
@@ -514,11 +1100,137 @@ class Views:
         return self.normalize(weak_augment(self.pixels(idx), u, self.size, self.pad, self.flip))
 
     def strong(self, idx: Tensor) -> Tensor:
-        u = torch.rand(len(idx), STRONG_DRAWS)
+        u = torch.rand(len(idx), STRONG_DRAWS + (0 if self.pad else AREA_DRAWS))
         return self.normalize(strong_augment(self.pixels(idx), u, self.size, self.pad, self.flip))
 
     def plain(self, idx: Tensor) -> Tensor:
-        return self.normalize(self.pixels(idx))
+        x = self.pixels(idx)
+        edge = (x.shape[2] - self.size) // 2  # 0, but for training images stored larger
+        return self.normalize(x[:, :, edge : edge + self.size, edge : edge + self.size])
+
+
+# ---------------------------------------------------------------------------- views of texts
+# A batch of texts is token numbers [n, L] int64, -1 behind a row's end. Views work as those of images.
+
+
+def load_pretrained(kind: str, backbone: str, **options: Any) -> Any:
+    """transformers' `kind`.from_pretrained(backbone). Raises UserError when there is nothing to load."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # weights of a pre-training head that is not used here
+    try:
+        return getattr(transformers, kind).from_pretrained(backbone, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"--backbone {backbone}: {kind} of transformers could not load it ({str(error).splitlines()[0]}); expected "
+            "an id on the hub or a folder with config.json, tokenizer and weights (none needed with --weights none)"
+        ) from None
+
+
+def tokenize(texts: list[str], tokenizer: Any, max_length: int, cache: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens of all texts end to end, int32; offsets int64 [N + 1]), rows cut to max_length on the right.
+
+    Kept as cache/tokens/<hash of tokenizer and texts>.npy: number of rows, their lengths, the tokens."""
+    tokenizer.truncation_side = "right"
+    key = hashlib.blake2b(f"{max_length}/{tokenizer.backend_tokenizer.to_str()}".encode(), digest_size=12)
+    for text in texts:
+        key.update(text_hash(text))
+    path = Path(cache or "") / "tokens" / f"{key.hexdigest()}.npy"
+    if cache and path.exists():
+        stored = np.load(path, mmap_mode="r")
+    else:
+        lengths, tokens = [], []
+        for first in tqdm(range(0, len(texts), 1000), "tokenizing", disable=None):
+            rows = tokenizer(texts[first : first + 1000], truncation=True, max_length=max_length)["input_ids"]
+            lengths += [len(row) for row in rows]
+            tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
+        stored = np.concatenate([np.array([len(texts), *lengths], np.int32), *tokens])
+        if cache:
+            buffer = io.BytesIO()
+            np.save(buffer, stored)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, buffer.getbuffer())
+    n = int(stored[0])
+    return stored[1 + n :], np.concatenate([[0], stored[1 : 1 + n].cumsum(dtype=np.int64)])
+
+
+TOKEN_DELETE, TOKEN_MASK, TOKEN_SWAP = 0.1, 0.1, 0.1  # rates of T4
+
+
+def token_augment(ids: Tensor, u: Tensor, special: Tensor, mask_id: int | None) -> Tensor:
+    """Delete, mask or swap with the right neighbor single tokens, never a special one.  # T4
+
+    u [n, L, 2] in [0, 1): (delete or mask, swap). The ordinary token with the largest first number is
+    never deleted or masked, so that no text is emptied. [n, L] -> [n, L]."""
+    length = ids.shape[1]
+    ordinary = (ids >= 0) & ~torch.isin(ids, special)
+    u_edit = torch.where(ordinary, u[..., 0], -1)
+    free = ordinary & (u_edit < u_edit.amax(dim=1, keepdim=True))
+    deleted = free & (u_edit < TOKEN_DELETE)
+    if mask_id is not None:
+        ids = ids.masked_fill(free & ~deleted & (u_edit < TOKEN_DELETE + TOKEN_MASK), mask_id)
+    next_ordinary = F.pad(ordinary[:, 1:], (0, 1), value=False)
+    place = torch.arange(length, device=ids.device) + 1.5 * (ordinary & next_ordinary & (u[..., 1] < TOKEN_SWAP))
+    order = (place + length * 2 * deleted).argsort(dim=1, stable=True)
+    return ids.masked_fill(deleted, -1).gather(1, order)
+
+
+class TextViews:
+    """What the network sees of a split of texts: rows padded to the batch's longest, in steps of 8."""
+
+    def __init__(
+        self, split: TextSplit, preset: Preset, backbone: str, device: torch.device, cache: str | None
+    ) -> None:
+        tokenizer = load_pretrained("AutoTokenizer", backbone)
+        if not tokenizer.is_fast:
+            raise UserError(f"--backbone {backbone}: has no fast tokenizer; take an encoder that has one")
+        self.device, self.num_aug = device, len(split.aug or [])
+        self.max_length = min(preset.size, tokenizer.model_max_length)
+        texts = list(chain(split.texts, *(split.aug or [])))
+        self.tokens, self.offsets = tokenize(texts, tokenizer, self.max_length, cache)
+        self.special, self.mask_id = torch.tensor(tokenizer.all_special_ids, device=device), tokenizer.mask_token_id
+        self.y = torch.from_numpy(split.y).to(device)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def by_length(self) -> Tensor:
+        """Positions [N] of all examples, short rows first: batches of them hold little padding."""
+        return torch.from_numpy(np.diff(self.offsets[: len(self) + 1])).argsort(stable=True)
+
+    def plain(self, idx: Tensor) -> Tensor:
+        first, end = self.offsets[idx.numpy(), None], self.offsets[idx.numpy() + 1, None]
+        longest = min(-(-int((end - first).max()) // 8) * 8, self.max_length)
+        at = first + np.arange(longest)
+        ids = np.where(at < end, self.tokens[np.minimum(at, len(self.tokens) - 1)], -1)
+        return torch.from_numpy(ids.astype(np.int64)).to(self.device)
+
+    weak = plain  # the text itself
+
+    def strong(self, idx: Tensor) -> Tensor:
+        """One of the back-translations, each with equal chance; T4 where there are none."""
+        if self.num_aug:
+            chosen = (torch.rand(len(idx)) * self.num_aug).long()
+            return self.plain(idx + (1 + chosen) * len(self))
+        ids = self.plain(idx)
+        return token_augment(ids, torch.rand(*ids.shape, 2).to(self.device), self.special, self.mask_id)
+
+
+def make_views(
+    split: Split | TextSplit, preset: Preset, backbone: str, device: torch.device, cache: str | None = None
+) -> Views | TextViews:
+    """Views of images or of texts, as the split is; tokens are kept in the folder `cache`."""
+    if isinstance(split, TextSplit):
+        return TextViews(split, preset, backbone, device, cache)
+    return Views(split, preset, device)
+
+
+def join(views: list[Tensor]) -> Tensor:
+    """One batch of several; token rows are first filled up with -1 to the longest."""
+    if views[0].ndim == 2:
+        longest = max(ids.shape[1] for ids in views)
+        views = [F.pad(ids, (0, longest - ids.shape[1]), value=-1) for ids in views]
+    return torch.cat(views)
 
 
 # ---------------------------------------------------------------------------- backbones
@@ -592,6 +1304,31 @@ class WideResNet(nn.Module):
         return F.leaky_relu(self.bn(self.blocks(self.conv1(x))), 0.1).mean(dim=(2, 3))
 
 
+class TextEncoder(nn.Module):
+    """An encoder of transformers, dropout 0.1, mean over a row's tokens. Weights are random; `load_weights` fills them.
+
+    ids [n, L] int64, -1 = padding -> [n, D]. Source: ZM semilearn/nets/bert/bert.py, but T1."""
+
+    batch_statistics = False
+
+    def __init__(self, backbone: str) -> None:
+        super().__init__()
+        config = load_pretrained("AutoConfig", backbone)
+        if config.is_encoder_decoder:
+            raise UserError(f"--backbone {backbone}: has a decoder; expected an encoder such as bert-base-uncased")
+        from transformers import AutoModel
+
+        self.model, self.num_features = AutoModel.from_config(config, dtype=torch.float32), config.hidden_size
+        self.model.pooler = None  # a layer on the first token, which the mean makes idle
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = ids >= 0
+        tokens = ids.where(mask, self.model.config.pad_token_id or 0)
+        hidden = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        hidden = F.dropout(hidden.float(), 0.1, self.training)  # mean in float32
+        return (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)  # T1
+
+
 class Student(nn.Module):
     """Encoder + main head + (after `add_kd_head`) auxiliary distillation head.
 
@@ -600,8 +1337,11 @@ class Student(nn.Module):
 
     def __init__(self, encoder: nn.Module, num_classes: int, num_extra: int = 0) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.num_classes = encoder, num_classes
         self.head = nn.Linear(encoder.num_features + num_extra, num_classes)
+        if isinstance(encoder, TextEncoder):
+            hidden = nn.Linear(encoder.num_features + num_extra, encoder.num_features + num_extra)
+            self.head = nn.Sequential(hidden, nn.GELU(), self.head)
         self.kd_head: nn.Module | None = None
 
     def add_kd_head(self) -> None:
@@ -618,27 +1358,196 @@ class Student(nn.Module):
         return self.head(features), None if self.kd_head is None else self.kd_head(features), features
 
 
+class PretrainedEncoder(nn.Module):
+    """ViT-S and any image model of transformers, or torchvision's EfficientNet-B0.
+
+    [n, C, H, W] float -> [n, D]: the class token, or the mean over places where there is none. Gray
+    images are shown in all three channels. Weights are random; `load_weights` fills them."""
+
+    def __init__(self, backbone: str, size: int) -> None:
+        super().__init__()
+        if backbone == "efficientnet_b0":
+            from torchvision.models import efficientnet_b0
+
+            self.model = efficientnet_b0()
+            self.model.classifier = nn.Identity()
+        elif backbone in VITS:
+            self.model = vit_small(VITS[backbone], size)
+        else:
+            from transformers import AutoConfig, AutoModel
+
+            self.model = AutoModel.from_config(AutoConfig.from_pretrained(backbone))
+            self.model = getattr(self.model, "vision_model", self.model).float()
+        self.has_class_token = any("cls_token" in n or "class_emb" in n for n, _ in self.named_parameters())
+        self.batch_statistics = any(isinstance(m, nn.BatchNorm2d) for m in self.modules())
+        with torch.no_grad():
+            self.num_features = self.eval()(torch.zeros(1, 3, size, size)).shape[1]
+        self.train()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.model(x.expand(-1, 3, -1, -1))
+        out = getattr(out, "last_hidden_state", out)  # [n, tokens, D], [n, D, h, w] or [n, D]
+        if out.ndim == 3:
+            return out[:, 0] if self.has_class_token else out.mean(dim=1)
+        return out.flatten(2).mean(dim=2) if out.ndim == 4 else out
+
+
+VITS = {"vit_small_patch2_32": 2, "vit_small_patch16_224": 16}  # patch sides; the image's side is free
+
+
+def vit_small(patch: int, size: int) -> nn.Module:
+    """ViT-S of width 384, depth 12, 6 heads; stochastic depth 0 ... 0.2. Source: ZM semilearn/nets/vit/vit.py."""
+    from torchvision.ops import StochasticDepth
+    from transformers import ViTConfig, ViTModel
+
+    if size % patch:
+        raise UserError(f"--backbone vit_small: images of {size} pixels cannot be cut into patches of {patch}")
+    config = ViTConfig(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, layer_norm_eps=1e-6,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, image_size=size, patch_size=patch,
+    )  # fmt: skip
+    vit = ViTModel(config, add_pooling_layer=False)
+    for depth, layer in enumerate(vit.layers):
+        layer.dropout = StochasticDepth(0.2 * depth / 11, "row")  # stands on both residual branches
+    nn.init.zeros_(vit.embeddings.cls_token)  # as published where nothing is loaded
+    nn.init.zeros_(vit.embeddings.position_embeddings)
+    return vit
+
+
 def build_student(backbone: str, channels: int, size: int, num_classes: int, num_extra: int = 0) -> Student:
-    """A student for images of `channels` x `size` x `size`; the caller seeds torch first."""
+    """A student for images of `channels` x `size` x `size`; the caller seeds torch first.
+
+    backbone: cnn, wrn_28_2, efficientnet_b0, one of VITS, or a model of transformers (id or folder).
+    channels 0: a student for texts."""
+    if channels == 0:
+        return Student(TextEncoder(backbone), num_classes, num_extra)
     if backbone == "cnn":
         return Student(SmallCNN(channels, size), num_classes, num_extra)
     if backbone == "wrn_28_2":
         return Student(WideResNet(channels), num_classes, num_extra)
-    raise UserError(f"--backbone {backbone}: expected cnn or wrn_28_2")
+    try:
+        return Student(PretrainedEncoder(backbone, size), num_classes, num_extra)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"--backbone {backbone}: expected cnn, wrn_28_2, efficientnet_b0, {', '.join(VITS)} or a model of "
+            f"transformers for images of {size} pixels ({str(error).splitlines()[0]})"
+        ) from None
 
 
-def param_groups(
-    student: nn.Module, lr: float, weight_decay: float, layer_decay: float
-) -> list[dict[str, Any]]:
-    """Optimizer groups: no decay for 1-D tensors (biases, norms), as ZM semilearn/nets/utils.py.
+USB = "https://github.com/microsoft/Semi-supervised-learning/releases/download/v.0.0.0/"
+WEIGHTS = {
+    "vit_small_patch2_32": USB + "vit_small_patch2_32_mlp_im_1k_32.pth",
+    "vit_small_patch16_224": USB + "vit_small_patch16_224_mlp_im_1k_224.pth",
+    "efficientnet_b0": "https://download.pytorch.org/models/efficientnet_b0_rwightman-7f5810bc.pth",
+}
+TIMM_NAMES = (  # (pattern of timm's names, transformers')
+    ("pos_embed", "embeddings.position_embeddings"), ("cls_token", "embeddings.cls_token"), ("^norm", "layernorm"),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("^blocks", "layers"),
+    ("attn.proj", "attention.o_proj"), ("attn", "attention"),
+    ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+)  # fmt: skip
 
-    Every group carries `lr_scale`, which the learning rate of a step is multiplied with."""
-    decay = [p for p in student.parameters() if p.ndim > 1]
-    no_decay = [p for p in student.parameters() if p.ndim <= 1]
-    return [
-        {"params": decay, "weight_decay": weight_decay, "lr": lr, "lr_scale": 1.0},
-        {"params": no_decay, "weight_decay": 0.0, "lr": lr, "lr_scale": 1.0},
-    ]
+
+def from_timm(state: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
+    """A ViT's weights under transformers' names; positions resized (bicubic) to `num_tokens`, class token included."""
+    out = {}
+    for name, weight in state.items():
+        for pattern, ours in TIMM_NAMES:
+            name = re.sub(pattern, ours, name)
+        thirds = zip("qkv", weight.chunk(3), strict=True) if ".qkv." in name else ()
+        out |= {name.replace("qkv", f"{part}_proj"): third for part, third in thirds} or {name: weight}
+    positions = out["embeddings.position_embeddings"]
+    was, now = math.isqrt(positions.shape[1] - 1), math.isqrt(num_tokens - 1)
+    if was != now:
+        grid = positions[:, 1:].mT.unflatten(2, (was, was))  # [1, D, was, was]
+        grid = F.interpolate(grid, size=(now, now), mode="bicubic", align_corners=False)
+        out["embeddings.position_embeddings"] = torch.cat([positions[:, :1], grid.flatten(2).mT], dim=1)
+    return out
+
+
+def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None:
+    """Fill an encoder with pre-trained weights: a file's, the published ones (None), or "none".
+
+    Raises UserError when they cannot be fetched or read, or do not fit."""
+    if isinstance(encoder, TextEncoder):
+        if weights != "none":
+            model = load_pretrained("AutoModel", weights or backbone, dtype=torch.float32)
+            model.pooler = None
+            try:
+                encoder.model.load_state_dict(model.state_dict())
+            except RuntimeError as error:
+                reason = str(error).splitlines()[1].strip()
+                raise UserError(f"--weights {weights}: do not fit {backbone} ({reason})") from None
+        return
+    known = backbone in WEIGHTS
+    if weights == "none" or (weights is None and backbone in ("cnn", "wrn_28_2")):
+        print(f"{backbone} starts from scratch, without pre-trained weights")
+        return
+    target, source = getattr(encoder, "model", encoder), weights or WEIGHTS.get(backbone, backbone)
+    try:
+        if weights is None and known:
+            path = Path(torch.hub.get_dir()) / "checkpoints" / source.rsplit("/", 1)[1]
+            fetch(source, path)
+            source = str(path)
+        if weights is None and not known:
+            from transformers import AutoModel
+
+            model = AutoModel.from_pretrained(backbone, dtype=torch.float32)
+            state = getattr(model, "vision_model", model).state_dict()
+        elif source.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(source)
+        else:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+            state = state.get("model", state)
+    except UserError as error:
+        raise UserError(f"{error}, or start from scratch with --weights none") from None
+    except Exception as error:  # a file of any content: unpickling raises errors of many kinds
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--weights: {source} cannot be read as weights of {backbone} ({reason})") from None
+    state = {name.removeprefix("module."): weight for name, weight in state.items()}
+    heads = ("fc", "classifier", "mlp", "head")  # ZM semilearn/nets/utils.py
+    state = {name: weight for name, weight in state.items() if not name.startswith(heads)}
+    wanted = target.state_dict()
+    if backbone in VITS and "pos_embed" in state:
+        state = from_timm(state, wanted["embeddings.position_embeddings"].shape[1])
+    misfits = {
+        "missing": wanted.keys() - state.keys(),
+        "left over": state.keys() - wanted.keys(),
+        "of another shape": {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape},
+    }
+    if any(misfits.values()):
+        said = [f"{kind} {len(names)}: {', '.join(sorted(names)[:5])}" for kind, names in misfits.items() if names]
+        raise UserError(
+            f"--weights: {source} does not fit {backbone} ({'; '.join(said)}); give a fitting file or --weights none"
+        )
+    target.load_state_dict(state)
+    print(f"{backbone} starts from {source}")
+
+
+def param_groups(student: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: no decay for 1-D tensors (biases, norms), positions and class token, as ZM
+    semilearn/nets/utils.py.
+
+    Every group carries `lr_scale`, which the learning rate of a step is multiplied with: 1 for the
+    heads, times layer_decay from each block to the one below it; what stands before the first block
+    is one more layer, and what follows the last one belongs to it."""
+    layer, layers = 0, {}  # of the encoder's parameters, in their order
+    for name, _ in student.named_parameters():
+        block = re.search(r"(?:^|\.)(?:layers?|blocks|stages|features)\.(\d+)\.", name)
+        layer = int(block[1]) + 1 if block else layer
+        layers[name] = layer
+    top = max(layers.values()) + 1
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, p in student.named_parameters():
+        scale = layer_decay ** (top - layers[name]) if name.startswith("encoder.") else 1.0
+        decay = 0.0 if p.ndim <= 1 or name.endswith(("cls_token", "position_embeddings")) else weight_decay
+        group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr": lr, "lr_scale": scale})
+        group["params"].append(p)
+    return list(groups.values())
 
 
 def build_optimizer(
@@ -677,16 +1586,19 @@ def averaged_copy(student: nn.Module, decay: float) -> AveragedModel | Unaverage
 
 @torch.no_grad()
 def predict(
-    student: nn.Module, views: Views, autocast: Any = nullcontext, extra: Tensor | None = None, batch: int = 500
-) -> Tensor:
+    student: nn.Module, views: Views | TextViews, autocast: Any = nullcontext,
+    extra: Tensor | None = None, batch: int = 500,
+) -> Tensor:  # fmt: skip
     """Class probabilities [N, K] float32 of the main head on the plain view of every example, on the CPU."""
     student.eval()
-    probs = []
-    for idx in torch.arange(len(views)).split(batch):
+    order, probs = torch.arange(len(views)), []
+    if isinstance(views, TextViews):
+        order, batch = views.by_length(), min(batch, 64)
+    for idx in order.split(batch):
         with autocast():
             logits, _, _ = student(views.plain(idx), None if extra is None else extra[idx])
         probs.append(logits.float().softmax(dim=1).cpu())
-    return torch.cat(probs)
+    return torch.cat(probs)[order.argsort()]
 
 
 def accuracy(probs: Tensor, y: Tensor) -> float:
@@ -762,7 +1674,8 @@ class Run:
         steps, batch, uratio = args["num_steps"], args["batch_size"], args["uratio"]
         settings = "  ".join(f"{name} {value}" for name, value in args.items() if value is not None)
         print(f"torch {torch.__version__} on {self.device}, autocast {self.dtype or 'off'}, run folder {self.folder}")
-        print(f"{labels} labeled, {n} unlabeled (labeled included), {len(data.test)} test, {len(data.classes)} classes")
+        tests = 0 if data.test is None else len(data.test)
+        print(f"{labels} labeled, {n} unlabeled (labeled included), {tests} test, {len(data.classes)} classes")
         print(f"plan: {steps} steps x ({batch} labeled + {uratio * batch} unlabeled): ", end="")
         print(f"{steps * batch / labels:.0f} passes over the labels, {steps * uratio * batch / n:.1f} over the pool")
         print(settings)
@@ -916,10 +1829,15 @@ def student_config(
 
 
 def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> None:
-    """Encoder and main head as `model.safetensors`, with `config.json` beside it."""
+    """Encoder and main head as `model.safetensors`, with `config.json` beside it, and in encoder/ the
+    configuration (and tokenizer) of a model that is known by its id only: no hub is needed to load it."""
     from safetensors.torch import save
 
     folder.mkdir(exist_ok=True)
+    if config["backbone"] not in VITS and hasattr(getattr(student.encoder, "model", None), "config"):
+        student.encoder.model.config.save_pretrained(folder / "encoder")
+    if isinstance(student.encoder, TextEncoder):
+        load_pretrained("AutoTokenizer", config["backbone"]).save_pretrained(folder / "encoder")
     weights = {k: v.contiguous() for k, v in student.state_dict().items() if not k.startswith("kd_head.")}
     write_atomically(folder / "model.safetensors", save(weights))
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
@@ -930,6 +1848,9 @@ def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
     from safetensors.torch import load_file
 
     config = json.loads((Path(folder) / "config.json").read_text())
+    encoder = Path(folder) / "encoder"
+    if encoder.exists():
+        config["backbone"] = str(encoder)
     channels, num_classes = len(config["mean"]), len(config["classes"])
     student = build_student(config["backbone"], channels, config["size"], num_classes, config["num_extra"])
     student.load_state_dict(load_file(Path(folder) / "model.safetensors"))

@@ -46,9 +46,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    Run, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student, check_arguments, cli, draw_labeled,
-    fill_from_preset, load_data, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device,
-    student_config,
+    Run, TextViews, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student, check_arguments, cli,
+    draw_labeled, fill_from_preset, join, load_data, load_weights, make_views, measured_part, predict, preset_of,
+    pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -59,9 +59,12 @@ from pseudolabel import default_labels, read_labels
 class Args:
     # run
     dataset: str = "digits"
-    """Data set: a name of common.PRESETS."""
+    """Data set: a name of common.PRESETS, a folder of pictures (train/<class>/, unlabeled/ and perhaps test/<class>/),
+    or a .csv or .jsonl file of texts (text, label; an empty label: unlabeled)."""
+    test_file: str | None = None
+    """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int = 10
-    """Labeled examples in all, the same number of every class."""
+    """Labeled examples in all, the same number of every class; 0: all whose label is known (own data)."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     pseudolabels: str | None = None
@@ -86,7 +89,10 @@ class Args:
     """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
     # model
     backbone: str | None = None
-    """Encoder: cnn or wrn_28_2."""
+    """Encoder: cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of
+    transformers (images or texts)."""
+    weights: str | None = None
+    """Pre-trained weights of the encoder: a file (texts: a folder), or none; unset: the published ones, if any."""
     # optimization
     num_steps: int | None = None
     """Updates of stage 2. Alone, it also scales stage 1, the warm-up and --eval-every."""
@@ -189,7 +195,12 @@ def loss_distillation(logits: Tensor, y_zs: Tensor) -> Tensor:
 
 
 def train_stage1(
-    student: nn.Module, y_zs: Tensor, train: Views, test: Views, args: Args, run: Run
+    student: nn.Module,
+    y_zs: Tensor,
+    train: Views | TextViews,
+    test: Views | TextViews,
+    args: Args,
+    run: Run,
 ) -> nn.Module:
     """Distillation warm-up: the main head learns y_zs [N] on weak views of all training examples.
 
@@ -233,8 +244,8 @@ def train_stage2(
     labeled_idx: Tensor,
     y_lb_all: Tensor,
     y_zs: Tensor,
-    train: Views,
-    test: Views,
+    train: Views | TextViews,
+    test: Views | TextViews,
     args: Args,
     run: Run,
 ) -> nn.Module:
@@ -248,8 +259,8 @@ def train_stage2(
     ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()  # D4
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, state = run.restore(2, parts)
-    num_classes = student.head.out_features
-    p_lb = state.get("p_lb", torch.full((num_classes,), 1 / num_classes, device=run.device))  # starts uniform
+    K = student.num_classes
+    p_lb = state.get("p_lb", torch.full((K,), 1 / K, device=run.device))  # starts uniform
     p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
     B, B_u = args.batch_size, args.uratio * args.batch_size
 
@@ -269,7 +280,7 @@ def train_stage2(
         # its gradient, which only the auxiliary head uses.
         student.train()
         with run.autocast():
-            logits, logits_kd, _ = student(torch.cat([x_lb, x_ulb_w, x_ulb_s]))
+            logits, logits_kd, _ = student(join([x_lb, x_ulb_w, x_ulb_s]))
         logits, logits_kd = logits.float(), logits_kd.float()  # thresholds and losses in float32
         logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
 
@@ -314,10 +325,10 @@ LINE = (
 
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
-    preset = preset_of(args.dataset)
+    preset = preset_of(args.dataset, args.backbone)
     args = replace(args, **fill_from_preset(vars(args), preset))
     check_arguments(vars(args))
-    data = load_data(args.dataset, args.data_dir)
+    data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
     labels_train, labels_test = args.pseudolabels, args.pseudolabels_test
     if labels_train is None:
@@ -327,21 +338,18 @@ def main(args: Args) -> dict[str, Any]:
     if labels_test:
         teacher_acc = 100 * float((read_labels(labels_test, data, "test")[0] == data.test.y).mean())
 
+    test_part, measured = measured_part(data, zero_shot)
     device, dtype = setup_device(args.device, args.amp, args.backbone)
-    run = Run(
-        args.runs_dir,
-        f"zeromatch-{args.dataset}-{args.num_labels}-seed{args.seed}",
-        asdict(args),
-        device,
-        dtype,
-    )
+    name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
+    run = Run(args.runs_dir, name, asdict(args), device, dtype)
     run.describe(data, labeled, vars(args))
-    train, test = Views(data.train, preset, device), Views(data.test, preset, device)
+    train, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in (data.train, test_part))
     y_zs = torch.from_numpy(zero_shot).to(device)
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
 
     seed_step(args.seed, "weights", 0)
     student = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
+    load_weights(student.encoder, args.backbone, args.weights)
     if args.compile:
         student.compile()
     evaluated = student
@@ -359,9 +367,10 @@ def main(args: Args) -> dict[str, Any]:
         **run.result(stage=1 if args.stages == "1" else 2),
         "teacher_acc": teacher_acc,
         "stage1_acc": run.result(stage=1)["test_acc"],
+        "measured": measured,
     }
     run.write_json("result.json", result | {"args": asdict(args)})
-    print(f"\n{args.dataset}, {args.num_labels} labels: accuracy on {len(data.test)} test examples, last evaluation")
+    print(f"\n{data.name}, {len(labeled)} labels: {measured} ({len(test)}), last evaluation")
     rows = [("teacher (zero-shot)", teacher_acc), ("stage 1 (pseudo-supervision)", result["stage1_acc"])]
     rows += [("stage 2 (ZeroMatch)", result["test_acc"])] if args.stages != "1" else []
     for name, acc in rows:

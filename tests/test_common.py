@@ -45,7 +45,8 @@ def test_labeled_examples_are_balanced_seeded_and_of_the_right_class():
     assert np.bincount(y[drawn]).tolist() == [3, 3, 3, 3] and len(set(drawn.tolist())) == 12
     assert np.array_equal(drawn, common.draw_labeled(y, 12, 4, seed=5))
     assert not np.array_equal(drawn, common.draw_labeled(y, 12, 4, seed=6))
-    for wrong in (0, -4, 7, 104):
+    assert common.draw_labeled(np.array([-1, 0, 1, -1, 1]), 0, 2, seed=5).tolist() == [1, 2, 4]  # 0: all known ones
+    for wrong in (-4, 7, 104):
         with pytest.raises(common.UserError, match="--num-labels"):
             common.draw_labeled(y, wrong, 4, seed=5)
 
@@ -63,15 +64,19 @@ def test_digits_split_is_fixed_disjoint_and_complete():
 
 def test_fashion_mnist_is_read_from_the_publishers_files(tmp_path, monkeypatch):
     import gzip
+    import hashlib
 
     folder, rng, made = tmp_path / "fashion_mnist", np.random.RandomState(0), {}
     folder.mkdir()
+    md5s = {}
     for name in common.FASHION_FILES:
         count = 30 if name.startswith("train") else 10
         shape = (count, 28, 28) if "images" in name else (count,)
         made[name] = rng.randint(0, 10, shape).astype(np.uint8)
         header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
         (folder / name).write_bytes(gzip.compress(header + made[name].tobytes()))
+        md5s[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(common, "FASHION_FILES", md5s)
     monkeypatch.setattr(common, "DEBIAN_FASHION", str(tmp_path / "none"))
     data = common.load_data("fashion_mnist", str(tmp_path))
     assert np.array_equal(data.train.x[:, 0], made["train-images-idx3-ubyte.gz"])

@@ -1,0 +1,256 @@
+"""The tables of the README: every method and baseline on the same seeds, labels and number of steps.
+
+    python tests/benchmark.py compare --dataset digits --num-labels 10 --seeds 0 1 2 3 4
+    python tests/benchmark.py compare --dataset fashion_mnist --num-labels 100 --seeds 0 1 \
+        --pseudolabels data/labels/fashion_mnist-train-pixels.jsonl \
+        --pseudolabels-test data/labels/fashion_mnist-test-pixels.jsonl
+    python tests/benchmark.py pixel-teacher      makes these two files
+
+Budget: every row has the updates of ZeroMatch's two stages together, T = num_steps_stage1 + num_steps.
+KD-FixMatch splits them evenly over its outer and inner network. Finished runs are kept in --output and
+not repeated: a comparison that was stopped goes on. Each run uses one thread; --jobs runs side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import adamatch
+import common
+import kd_fixmatch
+import pseudolabel
+import zeromatch
+
+REFERENCE = "ZeroMatch"
+# row: script, its arguments, how it spends the budget
+ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "supervised only": (adamatch, {"supervised_only": True}, "one stage"),
+    "pseudo-supervision": (zeromatch, {"stages": "1"}, "stage 1 alone"),
+    "pseudo-label as feature input": (adamatch, {"feature_input": True}, "one stage"),
+    "FixMatch": (kd_fixmatch, {"outer_only": True}, "one stage"),
+    "AdaMatch": (adamatch, {}, "one stage"),
+    "AdaMatch, original variant": (adamatch, {"variant": "original"}, "one stage"),
+    "KD-FixMatch (CE)": (kd_fixmatch, {"unsup_loss": "ce"}, "halves"),
+    "KD-FixMatch (SCE 1.0, 0.1)": (kd_fixmatch, {"unsup_loss": "sce"}, "halves"),
+    REFERENCE: (zeromatch, {}, "two stages"),
+}
+
+
+def steps_of(kind: str, stage1: int, stage2: int) -> dict[str, int]:
+    """The step arguments of a row, so that all rows have stage1 + stage2 updates."""
+    total = stage1 + stage2
+    return {
+        "one stage": {"num_steps": total},
+        "stage 1 alone": {"num_steps": stage2, "num_steps_stage1": total},
+        "halves": {"num_steps": total // 2},
+        "two stages": {"num_steps": stage2, "num_steps_stage1": stage1},
+    }[kind]
+
+
+def run_row(
+    row: str, seed: int, shared: dict[str, Any], stage1: int, stage2: int, folder: str
+) -> dict[str, Any]:
+    """One training run, silent, on one thread; returns its result and its curve of test accuracies."""
+    torch.set_num_threads(1)
+    script, own, kind = ROWS[row]
+    known = {name: value for name, value in shared.items() if hasattr(script.Args, name)}
+    args = script.Args(seed=seed, runs_dir=folder, **known, **own, **steps_of(kind, stage1, stage2))
+    before = set(Path(folder).glob("*"))
+    with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):
+        result = script.main(args)
+    (made,) = [p for p in set(Path(folder).glob("*")) - before if (p / "result.json").exists()]
+    metrics = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    return {"row": row, "seed": seed, **{k: v for k, v in result.items() if k != "args"}, "metrics": metrics}
+
+
+def zero_shot_accuracy(dataset: str, data_dir: str, path: str | None) -> float | None:
+    """The teacher alone on the test part, percent; an abstention is an error. None without its labels."""
+    data = common.load_data(dataset, data_dir)
+    if path is None and dataset == "digits":
+        path = str(pseudolabel.default_labels(data, data_dir)[1])
+    return (
+        None
+        if path is None
+        else 100 * float((pseudolabel.read_labels(path, data, "test")[0] == data.test.y).mean())
+    )
+
+
+def table(runs: list[dict[str, Any]], zero_shot: float | None) -> str:
+    """Markdown: mean, standard deviation over seeds, paired difference to ZeroMatch, median of 20, seconds."""
+    accs = {row: {r["seed"]: r["test_acc"] for r in runs if r["row"] == row} for row in ROWS}
+    lines = [
+        "| method | test accuracy, % | difference to ZeroMatch | median of last 20 | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    if zero_shot is not None:
+        lines.append(f"| zero-shot (the teacher itself) | {zero_shot:.1f} | | | |")
+    for row, of_seed in accs.items():
+        if not of_seed:
+            continue
+        values = np.array(list(of_seed.values()))
+        paired = np.array(
+            [acc - accs[REFERENCE][seed] for seed, acc in of_seed.items() if seed in accs[REFERENCE]]
+        )
+        difference = (
+            "" if row == REFERENCE or not len(paired) else f"{paired.mean():+.1f} ± {spread(paired):.1f}"
+        )
+        median = np.mean([r["test_acc_median20"] for r in runs if r["row"] == row])
+        seconds = np.mean([r["seconds"] for r in runs if r["row"] == row])
+        lines.append(
+            f"| {row} | {values.mean():.1f} ± {spread(values):.1f} | {difference} | {median:.1f} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(values: np.ndarray) -> float:
+    """Standard deviation over seeds, n - 1 in the denominator."""
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def draw_curves(runs: list[dict[str, Any]], path: str) -> None:
+    """Test accuracy and mask rate over steps, mean over seeds, all stages of a method in one line."""
+    try:
+        import matplotlib
+
+        matplotlib.use("svg" if path.endswith("svg") else "agg")
+        from matplotlib import pyplot
+    except ImportError:
+        sys.exit(
+            "--plot needs matplotlib, which is optional: pip install matplotlib, then run the same command again"
+        )
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for row in [r for r in ROWS if any(run["row"] == r for run in runs)]:
+        for axis, name in zip(axes, ("test/acc", "train/mask_rate"), strict=True):
+            curves: dict[int, list[float]] = {}
+            for run in (r for r in runs if r["row"] == row):
+                for step, value in continuous(run["metrics"], name):
+                    curves.setdefault(step, []).append(value)
+            if curves:
+                steps = sorted(curves)
+                style = dict(linewidth=2.4) if row == REFERENCE else dict(linewidth=1.1)
+                axis.plot(steps, [np.mean(curves[s]) for s in steps], label=row, **style)
+    for axis, title in zip(axes, ("test accuracy, %", "share of unlabeled examples that count"), strict=True):
+        axis.set(title=title, xlabel="updates", xlim=(0, None))
+        axis.grid(alpha=0.3)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False
+    )
+    figure.savefig(path)
+
+
+def continuous(metrics: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(updates since the start of the run, value) of one metric: the steps of earlier stages are added."""
+    points, offset, stage, last = [], 0, None, 0
+    for row in metrics:
+        if stage is not None and row["stage"] != stage:
+            offset += last
+        stage, last = row["stage"], row["step"]
+        if row.get(name) is not None:
+            points.append((offset + row["step"], row[name]))
+    return points
+
+
+def compare(
+    dataset: str = "digits",
+    num_labels: int = 10,
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    rows: tuple[str, ...] = tuple(ROWS),
+    num_steps: int | None = None,
+    pseudolabels: str | None = None,
+    pseudolabels_test: str | None = None,
+    data_dir: str = "data",
+    runs_dir: str = "runs",
+    output: str | None = None,
+    plot: str | None = None,
+    jobs: int = 2,
+) -> None:
+    """Run every row on every seed, print the Markdown table, keep all rows as JSON.
+
+    Args:
+        dataset: Data set of all rows.
+        num_labels: Labeled examples in all.
+        seeds: One run a row and seed.
+        rows: Names of the rows to run.
+        num_steps: Updates of ZeroMatch's stage 2; stage 1 is scaled with it. Unset: the preset's.
+        pseudolabels: Teacher's labels of the training part; unset: found or made.
+        pseudolabels_test: Teacher's labels of the test part.
+        data_dir: Where data sets and label files are kept.
+        runs_dir: Where the run folders go.
+        output: JSON file of the finished runs; unset: RUNS_DIR/compare-DATASET-LABELS.json.
+        plot: Picture of the learning curves (.svg or .png) to draw; needs matplotlib.
+        jobs: Runs side by side.
+    """
+    path = Path(output or f"{runs_dir}/compare-{dataset}-{num_labels}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(path.read_text()) if path.exists() else []
+    zero_shot = zero_shot_accuracy(dataset, data_dir, pseudolabels_test)  # makes the digits' label files once
+    preset = common.preset_of(dataset)
+    steps = common.fill_from_preset({"num_steps": num_steps, "num_steps_stage1": None}, preset)
+    shared = {"dataset": dataset, "num_labels": num_labels, "data_dir": data_dir}
+    shared |= {"pseudolabels": pseudolabels, "pseudolabels_test": pseudolabels_test, "log_every": 20}
+    done = {(r["row"], r["seed"]) for r in runs}
+    with ProcessPoolExecutor(jobs) as pool:
+        waiting = []
+        for row, seed in ((row, seed) for seed in seeds for row in rows if (row, seed) not in done):
+            folder = (
+                path.with_suffix("") / f"{list(ROWS).index(row)}-{seed}"
+            )  # a folder of its own for each run
+            arguments = (
+                row,
+                seed,
+                shared,
+                steps["num_steps_stage1"],
+                steps.get("num_steps", num_steps),
+                str(folder),
+            )
+            waiting.append(pool.submit(run_row, *arguments))
+        for finished in as_completed(waiting):
+            runs.append(finished.result())
+            common.write_atomically(path, json.dumps(runs).encode())
+            print(f"{runs[-1]['row']}, seed {runs[-1]['seed']}: {runs[-1]['test_acc']:.2f} %", flush=True)
+    runs = [r for r in runs if r["row"] in rows and r["seed"] in seeds]
+    print(f"\n{dataset}, {num_labels} labels, seeds {' '.join(map(str, seeds))}\n\n{table(runs, zero_shot)}")
+    if plot:
+        draw_curves(runs, plot)
+
+
+def pixel_teacher(num_labels: int = 100, seed: int = 12345, data_dir: str = "data") -> None:
+    """Label files of Fashion-MNIST from a stand-in for a foundation model.
+
+    A logistic regression on raw pixels that has seen `num_labels` training pictures of its own draw: a
+    weak teacher with systematic mistakes (shirt, pullover and coat look alike to it), and calibrated no
+    better than such a model is. Nobody's labels are flipped.
+
+    Args:
+        num_labels: Pictures it is trained on.
+        seed: Draws them; not a seed that students are reported on.
+        data_dir: Where label files are kept.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    data = common.load_data("fashion_mnist", data_dir)
+    drawn = common.draw_labeled(data.train.y, num_labels, len(data.classes), seed)
+    flat = {split: data.part(split).x.reshape(len(data.part(split)), -1) / 255 for split in ("train", "test")}
+    model = LogisticRegression(C=0.1, max_iter=1000).fit(flat["train"][drawn], data.train.y[drawn])
+    for split, x in flat.items():
+        path = Path(data_dir) / "labels" / f"fashion_mnist-{split}-pixels.jsonl"
+        header = pseudolabel.header_of(data, split, "pixels", f"logistic regression on {num_labels} pictures")
+        probs = model.predict_proba(x)
+        pseudolabel.write_labels(path, header, probs)
+        print(f"{path}: {100 * (probs.argmax(axis=1) == data.part(split).y).mean():.2f} % right")
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"compare": compare, "pixel-teacher": pixel_teacher})
