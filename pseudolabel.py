@@ -64,8 +64,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (
-    Data, SmallCNN, Split, Student, UserError, Views, cli, load_data, load_student, predict, preset_of, seed_step,
-    setup_device, write_atomically,
+    Data, SmallCNN, Split, Student, TextSplit, UserError, cli, load_data, load_pretrained, load_student, make_views,
+    predict, preset_of, seed_step, setup_device, write_atomically,
 )  # fmt: skip
 
 Rows = Iterator[dict[str, Any]]
@@ -77,7 +77,10 @@ Rows = Iterator[dict[str, Any]]
 class Args:
     # run
     dataset: str = "digits"
-    """Data set: a name of common.PRESETS."""
+    """Data set: a name of common.PRESETS, a folder of pictures (train/<class>/, unlabeled/ and perhaps test/<class>/),
+    or a .csv or .jsonl file of texts (text, label; an empty label: unlabeled)."""
+    test_file: str | None = None
+    """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     split: Literal["train", "test"] = "train"
     """Part to label."""
     teacher: Literal["glyphs", "clip", "text", "embedding", "chat", "student", "import"] = "glyphs"
@@ -426,37 +429,32 @@ def label_with_glyphs(data: Data, todo: list[int], args: Args, prompt: None) -> 
     """Rows of the glyph teacher."""
     if data.name != "digits":
         raise UserError(f"--teacher glyphs knows digits only, not {data.name}; use another teacher")
-    yield from rows_of_student(train_glyph_teacher(), data.part(args.split), todo, preset_of("digits"), args)
+    yield from rows_of_student(train_glyph_teacher(), data.part(args.split), todo, preset_of("digits"), args, "cnn")
 
 
 # ---------------------------------------------------------------------------- teachers: local models
 
 
-def rows_of_student(student: Student, part: Split, todo: list[int], preset: Any, args: Args) -> Rows:
-    device, _ = setup_device(args.device, "off", "")
+def rows_of_student(
+    student: Student, part: Split | TextSplit, todo: list[int], preset: Any, args: Args, backbone: str
+) -> Rows:
+    device, _ = setup_device(args.device, "off", backbone)
     for idx in chunks(todo, 500):
-        yield from rows_of(idx, predict(student.to(device), Views(Split(part.x[idx], part.y[idx]), preset, device)))
+        views = make_views(part.take(np.array(idx)), preset, backbone, device)
+        yield from rows_of(idx, predict(student.to(device), views))
 
 
 def label_with_student(data: Data, todo: list[int], args: Args, prompt: None) -> Rows:
     """Rows of a network trained by one of the scripts, for a data set of the same classes and image size."""
     student, config = load_student(args.student)
     part, shape = data.part(args.split), (len(config["mean"]), config["size"], config["size"])
-    if config["classes"] != data.classes or part.x.shape[1:] != shape:
+    shown = () if hasattr(part, "texts") else part.x.shape[1:]
+    if config["classes"] != data.classes or shown != (shape if config["mean"] else ()):
         raise UserError(f"--student {args.student}: was trained for other classes or image sizes than {data.name}'s")
+    if config["num_extra"]:
+        raise UserError(f"--student {args.student}: needs a teacher's labels as input, too; give another student")
     preset = preset_of(args.dataset)._replace(**{key: config[key] for key in ("size", "mean", "std")})
-    yield from rows_of_student(student, part, todo, preset, args)
-
-
-def load_pretrained(kind: str, name: str, **options: Any) -> Any:
-    """transformers' `kind`.from_pretrained(name). Raises UserError when there is nothing to load."""
-    import transformers
-
-    try:
-        return getattr(transformers, kind).from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--model {name}: could not be loaded ({reason}); give a hub id or a folder") from None
+    yield from rows_of_student(student, part, todo, preset, args, config["backbone"])
 
 
 def load_model(kind: str, reader: str, args: Args, **options: Any) -> tuple[Any, Any, torch.device, int]:
@@ -977,7 +975,7 @@ def default_labels(data: Data, data_dir: str) -> tuple[Path, Path | None]:
 
 def main(args: Args) -> dict[str, Any]:
     """Label a part of a data set as `args` say; returns what is printed at the end. Raises UserError."""
-    return label(load_data(args.dataset, args.data_dir), args)
+    return label(load_data(args.dataset, args.data_dir, args.test_file), args)
 
 
 if __name__ == "__main__":
