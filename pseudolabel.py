@@ -64,8 +64,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (
-    Data, SmallCNN, Split, Student, TextSplit, UserError, cli, load_data, load_student, make_views, predict,
-    preset_of, seed_step, setup_device, write_atomically,
+    Data, SmallCNN, Split, Student, TextSplit, UserError, cli, load_data, load_pretrained, load_student, make_views,
+    predict, preset_of, seed_step, setup_device, write_atomically,
 )  # fmt: skip
 
 Rows = Iterator[dict[str, Any]]
@@ -428,16 +428,16 @@ def label_with_glyphs(data: Data, todo: list[int], args: Args, prompt: None) -> 
     """Rows of the glyph teacher."""
     if data.name != "digits":
         raise UserError(f"--teacher glyphs knows digits only, not {data.name}; use another teacher")
-    yield from rows_of_student(train_glyph_teacher(), data.part(args.split), todo, preset_of("digits"), "cnn", args)
+    yield from rows_of_student(train_glyph_teacher(), data.part(args.split), todo, preset_of("digits"), args, "cnn")
 
 
 # ---------------------------------------------------------------------------- teachers: local models
 
 
 def rows_of_student(
-    student: Student, part: Split | TextSplit, todo: list[int], preset: Any, backbone: str, args: Args
+    student: Student, part: Split | TextSplit, todo: list[int], preset: Any, args: Args, backbone: str
 ) -> Rows:
-    device, _ = setup_device(args.device, "off", "")
+    device, _ = setup_device(args.device, "off", backbone)
     for idx in chunks(todo, 500):
         views = make_views(part.take(np.array(idx)), preset, backbone, device)
         yield from rows_of(idx, predict(student.to(device), views))
@@ -450,19 +450,10 @@ def label_with_student(data: Data, todo: list[int], args: Args, prompt: None) ->
     fits = bool(preset.mean) == bool(config["mean"]) and preset.size == config["size"]
     if config["classes"] != data.classes or not fits:
         raise UserError(f"--student {args.student}: was trained for other classes or image sizes than {data.name}'s")
+    if config["num_extra"]:
+        raise UserError(f"--student {args.student}: needs a teacher's labels as input, too; give another student")
     preset = preset._replace(mean=config["mean"], std=config["std"])
-    yield from rows_of_student(student, part, todo, preset, config["backbone"], args)
-
-
-def load_pretrained(kind: str, name: str, **options: Any) -> Any:
-    """transformers' `kind`.from_pretrained(name). Raises UserError when there is nothing to load."""
-    import transformers
-
-    try:
-        return getattr(transformers, kind).from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--model {name}: could not be loaded ({reason}); give a hub id or a folder") from None
+    yield from rows_of_student(student, part, todo, preset, args, config["backbone"])
 
 
 def load_model(kind: str, reader: str, args: Args, **options: Any) -> tuple[Any, Any, torch.device, int]:

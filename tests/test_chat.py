@@ -28,21 +28,10 @@ fork = multiprocessing.get_context("fork")  # children need not import torch aga
 KEY = "sk-THE-SECRET-0123456789"
 
 
-class Texts:
-    """A part of a text set, as common's."""
-
-    def __init__(self, texts, y=None):
-        self.texts, self.y = texts, np.full(len(texts), -1) if y is None else np.array(y)
-
-    def __len__(self):
-        return len(self.texts)
-
-    def hashes(self):
-        return [text.encode() for text in self.texts]
-
-
 def text_data(n=12, classes=("world", "sports", "business")):
-    return common.Data("news", list(classes), Texts([f"text {i} ." for i in range(n)]), None)
+    return common.Data(
+        "news", list(classes), common.TextSplit([f"text {i} ." for i in range(n)], None, np.full(n, -1)), None
+    )
 
 
 def answer(content, usage=(100, 2), **more):
@@ -178,7 +167,12 @@ def test_images_go_as_png_of_the_asked_size(serve, tmp_path):
 
 
 def test_long_texts_are_cut_and_the_options_are_not(serve, tmp_path):
-    data, seen = common.Data("news", ["world", "sports"], Texts(["x" * 5000 + "END"]), None), []
+    data, seen = (
+        common.Data(
+            "news", ["world", "sports"], common.TextSplit(["x" * 5000 + "END"], None, np.array([-1])), None
+        ),
+        [],
+    )
 
     def behave(body, headers):
         seen.append(asked(body))

@@ -22,21 +22,9 @@ from pseudolabel import Args, parse_answer, read_labels, read_rows
 CLASSES = ["very negative", "negative", "positive", "railway", "railway station"]
 
 
-class Texts:
-    """A part of a text set, as common's."""
-
-    def __init__(self, texts, y=None):
-        self.texts, self.y = texts, np.full(len(texts), -1) if y is None else np.array(y)
-
-    def __len__(self):
-        return len(self.texts)
-
-    def hashes(self):
-        return [text.encode() for text in self.texts]
-
-
 def text_data(texts=("so good", "bad, very bad, the worst of all", "trains"), classes=CLASSES, y=None):
-    return common.Data("reviews", list(classes), Texts(list(texts), y), None)
+    y = np.full(len(texts), -1) if y is None else np.array(y)
+    return common.Data("reviews", list(classes), common.TextSplit(list(texts), None, y), None)
 
 
 def image_data(n=6, channels=3, size=8, y=None, name="pictures", classes=("cat", "dog", "cow_boy")):
@@ -169,7 +157,7 @@ def test_a_file_made_in_another_way_is_not_continued(tmp_path):
 
 def test_a_file_without_rows_starts_anew(tmp_path):
     data, path = text_data(), tmp_path / "l.jsonl"
-    with pytest.raises(common.UserError, match="--model .*nowhere: could not be loaded"):
+    with pytest.raises(common.UserError, match="nowhere: .*could not load it"):
         pseudolabel.label(data, Args(teacher="text", model=str(tmp_path / "nowhere"), output=str(path)))
     tiny_models.seq2seq_model(tmp_path / "t5")
     pseudolabel.label(data, Args(teacher="text", model=str(tmp_path / "t5"), output=str(path)))
@@ -651,6 +639,24 @@ def test_a_student_labels_new_data(tmp_path):
     common.save_student(tmp_path / "student", student, config | {"classes": list("abcdefghij")})
     with pytest.raises(common.UserError, match="other classes"):
         pseudolabel.main(Args(**args, output=str(tmp_path / "new.jsonl")))
+
+
+def test_a_student_of_texts_labels_new_texts(tmp_path):
+    """A run's folder alone is enough: tokenizer and configuration of the encoder are in it."""
+    bert, data = str(tiny_models.encoder(tmp_path / "bert")), text_data(TEXTS)
+    (tmp_path / "new.jsonl").write_text(
+        "".join(json.dumps({"text": t or "none", "label": ""}) + "\n" for t in TEXTS)
+    )
+    preset = common.preset_of("new.jsonl")._replace(size=32)
+    torch.manual_seed(0)
+    student = common.build_student(bert, 0, 32, 5).eval()
+    common.save_student(tmp_path / "student", student, common.student_config("t", bert, preset, CLASSES))
+    data.train.texts[3] = "none"
+    views = common.make_views(data.train, preset, bert, torch.device("cpu"))
+    expected = common.predict(student, views).numpy()
+    (tmp_path / "bert").rename(tmp_path / "moved")
+    args = dict(teacher="student", student=str(tmp_path / "student"), dataset=str(tmp_path / "new.jsonl"))
+    assert labeled(data, tmp_path, **args) == pytest.approx(expected, abs=1e-4)
 
 
 # ---------------------------------------------------------------------------- summary, arguments, default labels
