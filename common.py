@@ -1122,7 +1122,7 @@ def load_pretrained(kind: str, backbone: str, **options: Any) -> Any:
         return getattr(transformers, kind).from_pretrained(backbone, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"--backbone {backbone}: {kind} of transformers could not load it ({str(error).splitlines()[0]}); expected "
+            f"{backbone}: {kind} of transformers could not load it ({str(error).splitlines()[0]}); expected "
             "an id on the hub or a folder with config.json, tokenizer and weights (none needed with --weights none)"
         ) from None
 

@@ -447,12 +447,12 @@ def label_with_student(data: Data, todo: list[int], args: Args, prompt: None) ->
     """Rows of a network trained by one of the scripts, for data of the same classes, kind and image size."""
     student, config = load_student(args.student)
     part, preset = data.part(args.split), preset_of(args.dataset)
-    fits = bool(preset.mean) == bool(config["mean"]) and preset.size == config["size"]
+    fits = bool(preset.mean) == bool(config["mean"]) and (preset.size == config["size"] or not preset.mean)
     if config["classes"] != data.classes or not fits:
         raise UserError(f"--student {args.student}: was trained for other classes or image sizes than {data.name}'s")
     if config["num_extra"]:
         raise UserError(f"--student {args.student}: needs a teacher's labels as input, too; give another student")
-    preset = preset._replace(mean=config["mean"], std=config["std"])
+    preset = preset._replace(**{key: config[key] for key in ("size", "mean", "std")})
     yield from rows_of_student(student, part, todo, preset, args, config["backbone"])
 
 
@@ -974,7 +974,10 @@ def default_labels(data: Data, data_dir: str) -> tuple[Path, Path | None]:
 
 def main(args: Args) -> dict[str, Any]:
     """Label a part of a data set as `args` say; returns what is printed at the end. Raises UserError."""
-    return label(load_data(args.dataset, args.data_dir, args.test_file), args)
+    data = load_data(args.dataset, args.data_dir, args.test_file)
+    if args.student and not data.classes:  # new texts without a single label
+        data.classes = load_student(args.student)[1]["classes"]
+    return label(data, args)
 
 
 if __name__ == "__main__":
