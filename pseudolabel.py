@@ -5,15 +5,18 @@
     python pseudolabel.py --dataset fashion_mnist --teacher chat --model gpt-4.1 --price-in 2 --price-out 8 --dry-run 20
     python pseudolabel.py --dataset digits --split test --teacher student --student runs/NAME/student
 
-Teachers: glyphs (digits only: a network that has only ever seen digits rendered from Pillow's built-in
-font; a true zero-shot teacher with systematic mistakes, its ones have serifs and its sevens no bar), clip
-(CLIP or SigLIP), text (FLAN-T5, any seq2seq or instruction-tuned causal model), embedding (sentence
-encoder), chat (any OpenAI-compatible endpoint), student (a network of ours: this is how one predicts),
-import (.csv, .npy with labels or probabilities, the authors' .pt).
+Teachers
+    glyphs     digits only: a network that has only ever seen digits rendered from Pillow's built-in font; a true
+               zero-shot teacher with systematic mistakes (its ones have serifs, its sevens no bar)
+    clip       CLIP or SigLIP          text   FLAN-T5, any seq2seq, or an instruction-tuned causal model
+    embedding  a sentence encoder      chat   any OpenAI-compatible endpoint, for images and texts
+    student    a network of ours: this is how one predicts
+    import     labels or probabilities made elsewhere: .csv, .npy, the authors' .pt
 
 The file. Line 1 is a header: data set, split, class names in order, a fingerprint of the examples, teacher,
-model, prompt, settings. Then one line an example, in any order, label null where the teacher gave no answer:
-    {"index": 17, "label": 3, "probs": [...]}           chat: also raw answer, usage = tokens billed since
+model, prompt, settings. Then one line an example, in any order; label null where the teacher gave no answer,
+from chat also the raw answer and the usage, the tokens (in, out) billed since the line before:
+    {"index": 17, "label": 3, "probs": [...]}
 It is append-only and may be cut anywhere; the same command again goes on behind the last whole line.
 
 Departures from the authors' pipelines (jichan3751/zeromatch @8ca4079)
@@ -96,8 +99,9 @@ class Args:
     """Examples a forward pass of a local model."""
     # teacher
     model: str | None = None
-    """Hub id, folder, or an endpoint's name for it; unset: see TEACHERS. The paper's: openai/clip-vit-large-patch14,
-    google/flan-t5-xxl, gpt-4o-2024-08-06 (texts), gpt-4.1-2025-04-14 (images)."""
+    """Hub id, folder, or an endpoint's name for it; unset: openai/clip-vit-large-patch14, google/flan-t5-large,
+    sentence-transformers/all-MiniLM-L6-v2. The paper's others: google/flan-t5-xxl, gpt-4o-2024-08-06 (texts),
+    gpt-4.1-2025-04-14 (images)."""
     prompt: str | None = None
     """text, chat: file with a question that holds {text} and {options}. clip, embedding: file with lines that hold
     {label} and are averaged, or with one description a line of each class in order."""
