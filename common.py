@@ -227,7 +227,8 @@ def check_arguments(given: dict[str, Any]) -> None:
         "uratio": (1, math.inf),
         "warmup_steps": (0, math.inf), "log_every": (1, math.inf), "eval_every": (1, math.inf), "lr": (0, math.inf),
         "weight_decay": (0, math.inf), "layer_decay": (1e-6, 1), "ema_decay": (0, 0.999999), "marginal_decay": (0, 1),
-        "tau": (0, 1), "lambda_u": (0, math.inf), "lambda_p": (0, math.inf),
+        "tau": (0, 1), "tau_select": (0, 1), "tau_inner": (0, 1), "lambda_u": (0, math.inf), "lambda_p": (0, math.inf),
+        "sce_alpha": (0, math.inf), "sce_beta": (0, math.inf),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         if name in given and not low <= given[name] <= high:
