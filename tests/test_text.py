@@ -14,8 +14,6 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import common
 import pseudolabel
@@ -376,12 +374,11 @@ def test_token_augment_by_hand():
     assert token_augment(ids, u, SPECIAL, None).tolist() == [[2, 11, 13, 12, 14, 3, -1, -1]]
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 10**6), st.sampled_from([1.0, 0.2])
-)
-def test_no_text_is_emptied_and_special_tokens_stay(lengths, seed, scale):
+@pytest.mark.parametrize("scale", [1.0, 0.2])
+@pytest.mark.parametrize("seed", range(40))
+def test_no_text_is_emptied_and_special_tokens_stay(seed, scale):
     torch.manual_seed(seed)
+    lengths = torch.randint(10, (1 + seed % 4,)).tolist()
     ids = torch.full((len(lengths), 16), -1)
     for row, n in zip(ids, lengths, strict=True):
         row[: n + 2] = torch.tensor([2, *range(10, 10 + n), 3])
