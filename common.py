@@ -1796,7 +1796,7 @@ def write_atomically(path: Path, content: Any) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"could not write {path} ({error.strerror}); what was saved before is untouched: make room, then --resume"
+            f"could not write {path} ({error.strerror}); what was saved before is untouched: make room and go on"
         ) from None
 
 
@@ -1893,5 +1893,5 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; --resume with the run's folder goes on from its last checkpoint", file=sys.stderr)
+        print("stopped; training goes on with --resume FOLDER, labeling with the same command again", file=sys.stderr)
         sys.exit(130)
