@@ -32,6 +32,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -1114,11 +1115,17 @@ class Views:
 # A batch of texts is token numbers [n, L] int64, -1 behind a row's end. Views work as those of images.
 
 
+def quiet_hub() -> None:
+    """No line for each of the hub's retries: what fails in the end is said in one line of our own."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def load_pretrained(kind: str, backbone: str, **options: Any) -> Any:
     """transformers' `kind`.from_pretrained(backbone). Raises UserError when there is nothing to load."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # weights of a pre-training head that is not used here
+    quiet_hub()
     try:
         return getattr(transformers, kind).from_pretrained(backbone, **options)
     except (OSError, ValueError, ImportError) as error:
@@ -1377,6 +1384,7 @@ class PretrainedEncoder(nn.Module):
         else:
             from transformers import AutoConfig, AutoModel
 
+            quiet_hub()
             self.model = AutoModel.from_config(AutoConfig.from_pretrained(backbone))
             self.model = getattr(self.model, "vision_model", self.model).float()
         self.has_class_token = any("cls_token" in n or "class_emb" in n for n, _ in self.named_parameters())
