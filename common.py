@@ -166,7 +166,12 @@ def fill_from_preset(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
     return {key: row[key] for key, value in given.items() if value is None and key in row}
 
 
-# ---------------------------------------------------------------------------- randomness and device
+# ---------------------------------------------------------------------------- randomness, device, processes
+# Under torchrun every process computes its rows of the same batch, and everything else alike. Without it
+# PROCESSES is 1 and nothing touches torch.distributed.
+
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
+RANK, PROCESSES = (int(os.environ[name]) if LAUNCHED else alone for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 def seed_step(seed: int, stage: int | str, step: int) -> None:
@@ -188,10 +193,17 @@ def _permutation(n: int, seed: int, number: int) -> Tensor:
 def batch_at(n: int, batch: int, seed: int, step: int) -> Tensor:
     """Positions [batch] int64 in range(n): the step's slice of endless seeded permutations.  # C1
 
-    Every example comes once a pass, also where a batch is larger than the set (10 labels)."""
-    first, last = step * batch, (step + 1) * batch - 1
+    Every example comes once a pass, also where a batch is larger than the set (10 labels). `batch` rows
+    are each process's own part of a step."""
+    first = (step * PROCESSES + RANK) * batch
+    last = first + batch - 1
     order = [_permutation(n, seed, number) for number in range(first // n, last // n + 1)]
     return torch.cat(order)[first % n :][:batch]
+
+
+def uniform(n: int, *shape: int) -> Tensor:
+    """Random numbers [n, *shape] in [0, 1) for a process's rows, as one process would draw them for all rows."""
+    return torch.rand(PROCESSES * n, *shape)[RANK * n :][:n]
 
 
 def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, torch.dtype | None]:
@@ -1098,11 +1110,11 @@ class Views:
         return ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def weak(self, idx: Tensor) -> Tensor:
-        u = torch.rand(len(idx), WEAK_DRAWS)
+        u = uniform(len(idx), WEAK_DRAWS)
         return self.normalize(weak_augment(self.pixels(idx), u, self.size, self.pad, self.flip))
 
     def strong(self, idx: Tensor) -> Tensor:
-        u = torch.rand(len(idx), STRONG_DRAWS + (0 if self.pad else AREA_DRAWS))
+        u = uniform(len(idx), STRONG_DRAWS + (0 if self.pad else AREA_DRAWS))
         return self.normalize(strong_augment(self.pixels(idx), u, self.size, self.pad, self.flip))
 
     def plain(self, idx: Tensor) -> Tensor:
@@ -1218,10 +1230,11 @@ class TextViews:
     def strong(self, idx: Tensor) -> Tensor:
         """One of the back-translations, each with equal chance; T4 where there are none."""
         if self.num_aug:
-            chosen = (torch.rand(len(idx)) * self.num_aug).long()
+            chosen = (uniform(len(idx)) * self.num_aug).long()
             return self.plain(idx + (1 + chosen) * len(self))
         ids = self.plain(idx)
-        return token_augment(ids, torch.rand(*ids.shape, 2).to(self.device), self.special, self.mask_id)
+        u = uniform(len(ids), self.max_length, 2)[:, : ids.shape[1]]  # no row's edits depend on its batch's longest
+        return token_augment(ids, u.to(self.device), self.special, self.mask_id)
 
 
 def make_views(
