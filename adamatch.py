@@ -51,9 +51,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    Run, TextViews, UserError, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student,
-    check_arguments, cli, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views, measured_part,
-    predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
+    PROCESSES, Run, TextViews, UserError, Views, accuracy, average, averaged_copy, batch_at, build_optimizer,
+    build_student, check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights,
+    make_views, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device,
+    student_config, uniform,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -235,12 +236,13 @@ def train_adamatch(
     ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, state = run.restore(1, parts)
-    num_classes, original = student.num_classes, args.variant == "original"
+    net, num_classes, original = data_parallel(student), student.num_classes, args.variant == "original"
     p_lb = state.get("p_lb", torch.full((num_classes,), 1 / num_classes, device=run.device))  # starts uniform
     p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
     window = state.get("window", torch.full((128, num_classes), 1 / num_classes, device=run.device))
     coupled = student.encoder.batch_statistics
-    B, B_u = args.batch_size, args.uratio * args.batch_size
+    B = args.batch_size // PROCESSES  # here and below: the rows of this process
+    B_u = args.uratio * B
 
     for step in range(first_step, args.num_steps):
         seed_step(args.seed, "adamatch", step)
@@ -258,30 +260,31 @@ def train_adamatch(
 
         student.train()
         if args.supervised_only:
-            loss = loss_s = F.cross_entropy(forward(student, x_lb, y_zs, idx_lb, run), y_lb)
+            loss = loss_s = F.cross_entropy(forward(net, x_lb, y_zs, idx_lb, run), y_lb)
             values = {"loss": loss, "loss_s": loss_s}
         else:
             x_ulb_w, x_ulb_s = train.weak(idx_ulb), train.strong(idx_ulb)
             if coupled:  # one pass: batch statistics are those of the joint batch
                 x, idx = join([x_lb, x_ulb_w, x_ulb_s]), torch.cat([idx_lb, idx_ulb, idx_ulb])
-                logits_lb, logits_ulb_w, logits_ulb_s = forward(student, x, y_zs, idx, run).split([len(x_lb), B_u, B_u])
+                logits_lb, logits_ulb_w, logits_ulb_s = forward(net, x, y_zs, idx, run).split([len(x_lb), B_u, B_u])
             else:  # no row depends on another and nothing learns from the weak view: no gradient there
                 with torch.no_grad():
-                    logits_ulb_w = forward(student, x_ulb_w, y_zs, idx_ulb, run)
+                    logits_ulb_w = forward(net, x_ulb_w, y_zs, idx_ulb, run)
                 x, idx = join([x_lb, x_ulb_s]), torch.cat([idx_lb, idx_ulb])
-                logits_lb, logits_ulb_s = forward(student, x, y_zs, idx, run).split([len(x_lb), B_u])
+                logits_lb, logits_ulb_s = forward(net, x, y_zs, idx, run).split([len(x_lb), B_u])
             if original and coupled:
-                logits_alone = forward_and_forget(student, x_lb, y_zs, idx_lb, run)
-                logits_lb = interpolate_logits(logits_lb, logits_alone, torch.rand_like(logits_lb))
+                logits_alone = forward_and_forget(net, x_lb, y_zs, idx_lb, run)
+                lam = torch.cat([uniform(B, num_classes), uniform(B, num_classes)]).to(run.device)
+                logits_lb = interpolate_logits(logits_lb, logits_alone, lam)
 
             probs_lb, probs_ulb_w = logits_lb[:B].detach().softmax(dim=1), logits_ulb_w.detach().softmax(dim=1)
-            p_lb = update_marginal(p_lb, probs_lb, args.marginal_decay)  # both updated before use
+            p_lb = average(update_marginal(p_lb, probs_lb, args.marginal_decay))  # over processes; both before use
             if original:
-                window = update_window(window, probs_ulb_w, step)
+                window = average(update_window(window, probs_ulb_w, step))
                 p_ulb = window.mean(dim=0)
             else:
-                p_ulb = update_marginal(p_ulb, probs_ulb_w, args.marginal_decay)
-            c_tau = relative_threshold(probs_lb, args.tau)
+                p_ulb = average(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
+            c_tau = average(relative_threshold(probs_lb, args.tau))
             pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
 
             loss_s = F.cross_entropy(logits_lb, y_lb)

@@ -48,7 +48,7 @@ import time
 import urllib.request
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from http.client import HTTPException
 from itertools import chain
 from multiprocessing.pool import ThreadPool
@@ -206,6 +206,81 @@ def uniform(n: int, *shape: int) -> Tensor:
     return torch.rand(PROCESSES * n, *shape)[RANK * n :][:n]
 
 
+class Average(torch.autograd.Function):
+    """The mean over processes; its gradient is the mean of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total / PROCESSES
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return Average.apply(grad)
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean of x over all processes, with its gradient; x itself where there is one."""
+    return x if PROCESSES == 1 else Average.apply(x)
+
+
+def agreed(flag: bool) -> bool:
+    """Whether `flag` holds in any process, which all of them learn at once."""
+    if PROCESSES > 1:
+        flags = torch.tensor([float(flag)])
+        torch.distributed.all_reduce(flags)
+        flag = bool(flags)
+    return flag
+
+
+def first_process_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The others wait until process 0 has been through `function`, and find the files it made."""
+
+    @wraps(function)
+    def waiting(*args: Any, **options: Any) -> Any:
+        if RANK:
+            agreed(True)
+        try:
+            return function(*args, **options)
+        finally:
+            if not RANK:
+                agreed(True)
+
+    return waiting
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the rows of all processes, on every device; torch's own needs a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        mean = average(x.float().mean(dim=(0, 2, 3)))
+        centered = x.float() - mean[:, None, None]
+        var = average(centered.square().mean(dim=(0, 2, 3)))
+        n = PROCESSES * x.numel() // x.shape[1]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = (var + self.eps).rsqrt() * self.weight
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def data_parallel(student: nn.Module) -> nn.Module:
+    """What the training loop calls: the student itself; under torchrun wrapped so that gradients are the
+    mean over processes and batch statistics those of the joint batch.
+
+    Dropout masks repeat in every process: each seeds its generator alike, for the views' sake."""
+    if PROCESSES == 1:
+        return student
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = SyncedBatchNorm  # weights and optimizer stay what they are
+    return nn.parallel.DistributedDataParallel(student, static_graph=True)  # a model may have idle weights
+
+
 def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, torch.dtype | None]:
     """(device, autocast dtype or None) for --device auto|cpu|cuda|mps and --amp auto|bf16|fp16|off.
 
@@ -220,6 +295,8 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch sees no Apple GPU; use --device cpu or auto")
     if device == "cuda":
+        if PROCESSES > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.backends.cudnn.benchmark = True  # shapes are constant; resume is bit-exact on CPUs only
         torch.backends.cuda.matmul.allow_tf32 = True
     if amp == "fp16" and device == "cpu":
@@ -248,6 +325,8 @@ def check_arguments(given: dict[str, Any]) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} {given[name]}: expected a number from {low} to {high}"
             )
+    if given["batch_size"] % PROCESSES:
+        raise UserError(f"--batch-size {given['batch_size']}: expected a multiple of {PROCESSES}, the processes")
 
 
 # ---------------------------------------------------------------------------- data
@@ -322,6 +401,7 @@ class Data:
         return part
 
 
+@first_process_first
 def load_data(dataset: str, data_dir: str, test_file: str | None = None) -> Data:
     """Load a data set by name, fetching it into `data_dir` where it is not found on this machine, or a file of texts.
 
@@ -1147,6 +1227,7 @@ def load_pretrained(kind: str, backbone: str, **options: Any) -> Any:
         ) from None
 
 
+@first_process_first
 def tokenize(texts: list[str], tokenizer: Any, max_length: int, cache: str | None) -> tuple[np.ndarray, np.ndarray]:
     """(tokens of all texts end to end, int32; offsets int64 [N + 1]), rows cut to max_length on the right.
 
@@ -1489,6 +1570,7 @@ def from_timm(state: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
     return out
 
 
+@first_process_first
 def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None:
     """Fill an encoder with pre-trained weights: a file's, the published ones (None), or "none".
 
@@ -1657,6 +1739,10 @@ class Run:
         self.folder = Path(resume or f"{runs_dir}/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
         while not resume and self.folder.exists():  # two runs in one second
             self.folder = self.folder.with_name(self.folder.name + "b")
+        if PROCESSES > 1:
+            names = [self.folder]
+            torch.distributed.broadcast_object_list(names)
+            self.folder = names[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device, self.dtype, self.signal, self.warned = device, dtype, 0, False
         self.pending: list[dict[str, Any]] = []  # scalars of the steps since the last line
@@ -1669,7 +1755,7 @@ class Run:
             self.write_json("args.json", args)
         self.write_json("env.json", environment(device))
         self._drop_metrics_after(self.state["stage"], self.state["step"])
-        self.metrics = open(self.folder / "metrics.jsonl", "a")
+        self.metrics = open(os.devnull if RANK else self.folder / "metrics.jsonl", "a")
         self.start = self.saved = self.mark = time.perf_counter()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -1746,16 +1832,20 @@ class Run:
     def _means(self, stage: int, step: int) -> dict[str, float]:
         names = list(self.pending[0])
         rows = [[torch.as_tensor(row[name], device=self.device).float() for name in names] for row in self.pending]
-        table = torch.stack([torch.stack(row) for row in rows]).cpu()  # [steps, names]
-        for name, column in zip(names, table.unbind(dim=1), strict=True):
-            bad = (~column.isfinite()).nonzero()
+        table = torch.stack([torch.stack(row) for row in rows]).cpu()[None]
+        if PROCESSES > 1:
+            tables = [torch.empty_like(table) for _ in range(PROCESSES)]
+            torch.distributed.all_gather(tables, table)
+            table = torch.cat(tables)  # [processes, steps, names]
+        for name, column in zip(names, table.unbind(dim=2), strict=True):
+            bad = (~column.isfinite()).any(dim=0).nonzero()
             if name.startswith("loss") and len(bad):
                 at = step + 2 - len(rows) + int(bad[0])
                 raise UserError(
-                    f"{name} became {column[bad[0]].item():g} at stage {stage} step {at}; try a lower --lr, --amp off "
-                    f"(the last good checkpoint stays in {self.folder})"
+                    f"{name} became {column[:, bad[0]].sum().item():g} at stage {stage} step {at}; try a lower "
+                    f"--lr, --amp off (the last good checkpoint stays in {self.folder})"
                 )
-        return dict(zip(names, table.nanmean(dim=0).tolist(), strict=True))
+        return dict(zip(names, table.nanmean(dim=(0, 1)).tolist(), strict=True))
 
     def evaluated(self, stage: int, step: int, acc: float) -> None:
         """Write one test accuracy in percent; `result_of` reports from all of them."""
@@ -1776,7 +1866,7 @@ class Run:
 
     def save_due(self) -> bool:
         """Between evaluations: on a signal, and every ten minutes, so that little is ever lost."""
-        return bool(self.signal) or time.perf_counter() - self.saved > 600
+        return agreed(bool(self.signal) or time.perf_counter() - self.saved > 600)
 
     def save(self, stage: int, step: int, parts: dict[str, Any], **state: Any) -> None:
         """Replace checkpoint.pt by the state_dicts of `parts` and `state`: tensors and plain Python only.
@@ -1793,7 +1883,7 @@ class Run:
         torch.save(state, buffer)
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
         self.saved = self.mark = time.perf_counter()
-        if self.signal:
+        if agreed(bool(self.signal)):
             raise KeyboardInterrupt
 
     def result(self, stage: int) -> dict[str, float | None]:
@@ -1806,7 +1896,9 @@ class Run:
 def write_atomically(path: Path, content: Any) -> None:
     """Write to a temporary name, flush to disk, rename: `path` is the old file or the new, never half.
 
-    Raises UserError when the disk does not take it."""
+    Of several processes only the first writes. Raises UserError when the disk does not take it."""
+    if RANK:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1860,6 +1952,8 @@ def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> No
     configuration (and tokenizer) of a model that is known by its id only: no hub is needed to load it."""
     from safetensors.torch import save
 
+    if RANK:
+        return
     folder.mkdir(exist_ok=True)
     if config["backbone"] not in VITS and hasattr(getattr(student.encoder, "model", None), "config"):
         student.encoder.model.config.save_pretrained(folder / "encoder")
@@ -1909,10 +2003,20 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
                     raise UserError(
                         f"{flag} {now}: the run to resume has {was}; leave the flag out or start a new run"
                     )
+        if PROCESSES > 1:
+            torch.distributed.init_process_group()  # gloo for CPU tensors, nccl for CUDA
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
         main(args)
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        if not RANK:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; training goes on with --resume FOLDER, labeling with the same command again", file=sys.stderr)
+        if not RANK:
+            said = "stopped; training goes on with --resume FOLDER, labeling with the same command again"
+            print(said, file=sys.stderr)
         sys.exit(130)
+    finally:
+        if PROCESSES > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -48,9 +48,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    Run, TextViews, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student, check_arguments, cli,
-    draw_labeled, fill_from_preset, join, load_data, load_weights, make_views, measured_part, predict, preset_of,
-    pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
+    PROCESSES, Run, TextViews, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student,
+    check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views,
+    measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------- arguments
@@ -238,7 +238,8 @@ def train(
     ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, _ = run.restore(stage, parts)
-    B, B_u = args.batch_size, args.uratio * args.batch_size
+    net, B = data_parallel(student), args.batch_size // PROCESSES  # here and below: the rows of this process
+    B_u = args.uratio * B
 
     for step in range(first_step, args.num_steps):
         seed_step(args.seed, f"stage {stage}", step)
@@ -254,7 +255,7 @@ def train(
         # One pass over all three: batch statistics are those of the joint batch.
         student.train()
         with run.autocast():
-            logits, _, _ = student(join([x_lb, x_ulb_w, x_ulb_s]))
+            logits, _, _ = net(join([x_lb, x_ulb_w, x_ulb_s]))
         logits = logits.float()  # thresholds and losses in float32
         logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
 

@@ -67,8 +67,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (
-    Data, SmallCNN, Split, Student, TextSplit, UserError, cli, load_data, load_pretrained, load_student, make_views,
-    predict, preset_of, seed_step, setup_device, write_atomically,
+    Data, SmallCNN, Split, Student, TextSplit, UserError, cli, first_process_first, load_data, load_pretrained,
+    load_student, make_views, predict, preset_of, seed_step, setup_device, write_atomically,
 )  # fmt: skip
 
 Rows = Iterator[dict[str, Any]]
@@ -954,6 +954,7 @@ def complete(path: Path) -> bool:
     return sum("index" in row for row in rows) == header["num_examples"]
 
 
+@first_process_first
 def default_labels(data: Data, data_dir: str) -> tuple[Path, Path | None]:
     """Label files of the train and (if there is one) test part in `data_dir`/labels; made now for digits and images.
 

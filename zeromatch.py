@@ -46,9 +46,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    Run, TextViews, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student, check_arguments, cli,
-    draw_labeled, fill_from_preset, join, load_data, load_weights, make_views, measured_part, predict, preset_of,
-    pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
+    PROCESSES, Run, TextViews, Views, accuracy, average, averaged_copy, batch_at, build_optimizer, build_student,
+    check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views,
+    measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -202,7 +202,8 @@ def train_stage1(
     ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()  # D4
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, _ = run.restore(1, parts)
-    num_steps, batch = args.num_steps_stage1, args.uratio * args.batch_size
+    net = data_parallel(student)
+    num_steps, batch = args.num_steps_stage1, args.uratio * args.batch_size // PROCESSES
 
     for step in range(first_step, num_steps):
         seed_step(args.seed, "stage 1", step)
@@ -213,7 +214,7 @@ def train_stage1(
 
         student.train()
         with run.autocast():
-            logits, _, _ = student(train.weak(idx))
+            logits, _, _ = net(train.weak(idx))
         logits = logits.float()
         loss = loss_distillation(logits, y_zs[idx])
 
@@ -246,10 +247,12 @@ def train_stage2(
     ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()  # D4
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, state = run.restore(2, parts)
+    net = data_parallel(student)
     K = student.num_classes
     p_lb = state.get("p_lb", torch.full((K,), 1 / K, device=run.device))  # starts uniform
     p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
-    B, B_u = args.batch_size, args.uratio * args.batch_size
+    B = args.batch_size // PROCESSES  # here and below: the rows of this process
+    B_u = args.uratio * B
 
     for step in range(first_step, args.num_steps):
         seed_step(args.seed, "stage 2", step)
@@ -267,14 +270,14 @@ def train_stage2(
         # its gradient, which only the auxiliary head uses.
         student.train()
         with run.autocast():
-            logits, logits_kd, _ = student(join([x_lb, x_ulb_w, x_ulb_s]))
+            logits, logits_kd, _ = net(join([x_lb, x_ulb_w, x_ulb_s]))
         logits, logits_kd = logits.float(), logits_kd.float()  # thresholds and losses in float32
         logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
 
         probs_lb, probs_ulb_w = logits_lb.detach().softmax(dim=1), logits_ulb_w.detach().softmax(dim=1)
-        p_lb = update_marginal(p_lb, probs_lb, args.marginal_decay)  # both updated before use
-        p_ulb = update_marginal(p_ulb, probs_ulb_w, args.marginal_decay)
-        c_tau = relative_threshold(probs_lb, args.tau)
+        p_lb = average(update_marginal(p_lb, probs_lb, args.marginal_decay))  # over processes; both before use
+        p_ulb = average(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
+        c_tau = average(relative_threshold(probs_lb, args.tau))
         pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
 
         loss_s = F.cross_entropy(logits_lb, y_lb)

