@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    PROCESSES, Run, TextViews, UserError, Views, accuracy, average, averaged_copy, batch_at, build_optimizer,
+    MEASURED, PROCESSES, Run, TextViews, UserError, Views, accuracy, average, averaged_copy, batch_at, build_optimizer,
     build_student, check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights,
     make_views, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device,
     student_config, uniform,
@@ -90,6 +90,8 @@ class Args:
     """Compile the student with torch.compile: slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
     """Steps from one printed line to the next."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard into the run folder; needs the package tensorboard."""
     eval_every: int | None = None
     """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
     # model
@@ -293,6 +295,7 @@ def train_adamatch(
             values = {
                 "loss": loss, "loss_s": loss_s, "u_weight": mu_t * args.lambda_u, "loss_u": loss_u, "mu_t": mu_t,
                 "mask_rate": mask.mean(), "c_tau": c_tau, **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
+                "pseudo_label": pseudo_label, "mask": mask,
             }  # fmt: skip
 
         optimizer.zero_grad()
@@ -339,7 +342,7 @@ def main(args: Args) -> dict[str, Any]:
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     name = f"adamatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(args.runs_dir, name, asdict(args), device, dtype)
-    run.describe(data, labeled, vars(args))
+    run.describe(data, labeled, vars(args), measured, zero_shot[0])
     train, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in (data.train, test_part))
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     k, extra = len(data.classes), len(data.classes) if args.feature_input else 0
@@ -358,8 +361,8 @@ def main(args: Args) -> dict[str, Any]:
     save_student(run.folder / "student", evaluated, config)
     result = run.result(stage=1) | {"measured": measured}
     run.write_json("result.json", result | {"args": asdict(args)})
-    print(f"\n{data.name}, {len(labeled)} labels: {measured} ({len(test)}), last evaluation")
-    print(f"  {'supervised only' if args.supervised_only else 'AdaMatch':30} {result['test_acc']:.2f} %")
+    print(f"\n{data.name}, {len(labeled)} labels: {MEASURED[measured][1]} ({len(test)}), last evaluation")
+    print(f"  {'supervised only' if args.supervised_only else 'AdaMatch':30} {result[measured]:.2f} %")
     return result
 
 

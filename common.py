@@ -906,21 +906,45 @@ def read_picture(file: str | Path) -> Any:
         return image.convert("RGB")
 
 
+MEASURED = {  # name in result.json: (name in metrics.jsonl, what it is)
+    "test_acc": ("test/acc", "accuracy on test examples"),
+    "agreement": ("train/agreement", "no test part, agreement with the teacher on training examples"),
+    "labeled_acc": ("train/labeled_acc", "no test part, accuracy on the labeled training examples"),
+}
+
+
 def measured_part(data: Data, y_zs: np.ndarray | None = None) -> tuple[Split | TextSplit, str]:
-    """(the part that is evaluated, what its figure is called): the test part and its accuracy.
+    """(the part that is evaluated, what its figure is called, a key of MEASURED): the test part and its accuracy.
 
     Own data without one: 2,000 training examples, against the teacher's labels y_zs [N] where there are
     any, else the labeled ones against their labels; called what it is."""
     if data.test is not None:
-        return data.test, "accuracy on test examples"
-    labels, name = data.train.y, "no test part, accuracy on the labeled training examples"
-    if y_zs is not None:
-        labels, name = y_zs, "no test part, agreement with the teacher on training examples"
+        return data.test, "test_acc"
+    labels, measured = (data.train.y, "labeled_acc") if y_zs is None else (y_zs, "agreement")
     shown = np.flatnonzero(labels >= 0)[:2000]
     part = data.train.take(shown)
     part.y = labels[shown]
-    print(f"test/acc below: {name} ({len(shown)})")
-    return part, name
+    return part, measured
+
+
+def wilson_interval(right: int, total: int) -> list[float]:
+    """Ends of Wilson's 95 % interval of a share, percent."""
+    from scipy.stats import binomtest
+
+    return [100 * end for end in binomtest(right, total).proportion_ci(method="wilson")]
+
+
+def share_right(right: int, total: int) -> str:
+    """As in: 63.00 % (95 % interval 59.94 to 65.96) of 1000."""
+    low, high = wilson_interval(right, total)
+    return f"{100 * right / total:.2f} % (95 % interval {low:.2f} to {high:.2f}) of {total}"
+
+
+def class_counts(y: np.ndarray, classes: list[str]) -> str:
+    """How many labels each class has, most frequent first, of many classes the first and last ten; -1 is no class."""
+    counts = np.bincount(y[y >= 0], minlength=len(classes))
+    rows = [f"{classes[k]} {counts[k]}" for k in np.argsort(-counts, kind="stable")]
+    return ", ".join(rows if len(rows) <= 20 else [*rows[:10], "...", *rows[-10:]])
 
 
 def draw_labeled(y: np.ndarray, num_labels: int, num_classes: int, seed: int) -> np.ndarray:
@@ -1208,8 +1232,12 @@ class Views:
 
 
 def quiet_hub() -> None:
-    """No line for each of the hub's retries: what fails in the end is said in one line of our own."""
+    """No line for each of the hub's retries: what fails in the end is said in one line of our own. Nor bars
+    over weights that are here already."""
+    import transformers
+
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    transformers.logging.disable_progress_bar()
 
 
 def load_pretrained(kind: str, backbone: str, **options: Any) -> Any:
@@ -1713,7 +1741,7 @@ def accuracy(probs: Tensor, y: Tensor) -> float:
 def pseudo_label_accuracy(pseudo_label: Tensor, mask: Tensor, y_true: Tensor) -> dict[str, Tensor]:
     """Monitoring: percent right of all pseudo-labels and of those that count, NaN where there is none.
 
-    [B_u] int64, [B_u] 0/1, [B_u] int64 (-1: truth unknown, left out)."""
+    [B_u] int64, [B_u] 0/1, [B_u] int64 (-1: truth unknown, left out); also of use with a teacher's labels."""
     known = (y_true >= 0).float()
     right = 100 * (pseudo_label == y_true).float()
     return {
@@ -1744,8 +1772,11 @@ class Run:
             torch.distributed.broadcast_object_list(names)
             self.folder = names[0]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.device, self.dtype, self.signal, self.warned = device, dtype, 0, False
+        self.device, self.dtype, self.signal, self.warned = device, dtype, 0, set[str]()
         self.pending: list[dict[str, Any]] = []  # scalars of the steps since the last line
+        self.means: dict[str, float] = {}  # those of the last line
+        self.counts = torch.zeros(0, device=device)  # pseudo-labels of each class since the last evaluation
+        self.idle = 0  # steps without a single one
         self.history: list[list[float]] = []  # [stage, steps done, test accuracy] of every evaluation
         self.state: dict[str, Any] = {"stage": 0, "step": 0, "seconds": 0.0}
         if (self.folder / "checkpoint.pt").exists():
@@ -1755,6 +1786,7 @@ class Run:
             self.write_json("args.json", args)
         self.write_json("env.json", environment(device))
         self._drop_metrics_after(self.state["stage"], self.state["step"])
+        self.board = tensorboard_writer(self.folder) if args.get("tensorboard") and not RANK else None
         self.metrics = open(os.devnull if RANK else self.folder / "metrics.jsonl", "a")
         self.start = self.saved = self.mark = time.perf_counter()
         if threading.current_thread() is threading.main_thread():
@@ -1776,17 +1808,29 @@ class Run:
     def write_json(self, name: str, content: Any) -> None:
         write_atomically(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
 
-    def describe(self, data: Data, labeled: np.ndarray, args: dict[str, Any]) -> None:
-        """Print what will be done: versions, split, settings, plan in steps and passes; keep the labeled positions."""
-        n, labels = len(data.train), len(labeled)
+    def describe(
+        self, data: Data, labeled: np.ndarray, args: dict[str, Any], measured: str, y_zs: np.ndarray | None = None
+    ) -> None:
+        """Print one screen, what will be done with what: split, classes, teacher, plan; keep the labeled positions.
+
+        measured: a key of MEASURED. y_zs [N]: the teacher's labels, -1 where it abstained."""
+        self.measured, self.classes, y_lb = measured, data.classes, data.train.y[labeled]
+        self.p_labeled = torch.from_numpy(np.bincount(y_lb, minlength=len(data.classes)) / len(y_lb))
+        self.counts = self.state.get("counts", torch.zeros(len(data.classes), device=self.device))
+        n, labels, tests = len(data.train), len(labeled), 0 if data.test is None else len(data.test)
         steps, batch, uratio = args["num_steps"], args["batch_size"], args["uratio"]
-        settings = "  ".join(f"{name} {value}" for name, value in args.items() if value is not None)
+        passes = steps * batch / labels, steps * uratio * batch / n
         print(f"torch {torch.__version__} on {self.device}, autocast {self.dtype or 'off'}, run folder {self.folder}")
-        tests = 0 if data.test is None else len(data.test)
         print(f"{labels} labeled, {n} unlabeled (labeled included), {tests} test, {len(data.classes)} classes")
+        print(f"labels of a class: {class_counts(y_lb, data.classes)}")
+        if y_zs is not None:
+            print(f"teacher's labels of a class: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
+            print(f"teacher right on labeled examples: {share_right(int((y_zs[labeled] == y_lb).sum()), labels)}")
         print(f"plan: {steps} steps x ({batch} labeled + {uratio * batch} unlabeled): ", end="")
-        print(f"{steps * batch / labels:.0f} passes over the labels, {steps * uratio * batch / n:.1f} over the pool")
-        print(settings)
+        print(f"{passes[0]:.0f} passes over the labels, {passes[1]:.1f} over the pool", end="")
+        print(f"; before it {args['num_steps_stage1']} steps of stage 1" if args.get("num_steps_stage1") else "")
+        print(f"measured at evaluations: {MEASURED[measured][1]}")
+        print("  ".join(f"{name} {value}" for name, value in args.items() if value is not None), flush=True)
         write_atomically(self.folder / "labeled_idx.txt", "".join(f"{i}\n" for i in labeled).encode())
 
     def autocast(self) -> Any:
@@ -1807,27 +1851,49 @@ class Run:
         print(f"going on in stage {stage} after step {self.state['step']}")
         return self.state["step"], self.state
 
-    def log(self, stage: int, step: int, num_steps: int, log_every: int, line: str, **values: Any) -> None:
+    def log(
+        self, stage: int, step: int, num_steps: int, log_every: int, line: str,
+        pseudo_label: Tensor | None = None, mask: Tensor | None = None, **values: Any,
+    ) -> None:  # fmt: skip
         """Keep one step's scalars; every `log_every` steps write their means and print them as `line`.
 
-        A mean leaves out NaN (a rate without a single case) except in a loss: Raises UserError
-        naming the first loss and step that were not finite."""
+        pseudo_label [B_u] and mask [B_u] are counted for the health line. A mean leaves out NaN (a rate
+        without a single case) except in a loss: Raises UserError naming the first loss and step that
+        were not finite."""
         self.pending.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
-        hours = (num_steps - step) * (time.perf_counter() - self.mark) / len(self.pending) / 3600
-        if len(self.pending) == 3 and hours > 1 and not self.warned:
-            self.warned = True
-            print(f"stage {stage} takes about {hours:.0f} h on {self.device}; --num-steps, --batch-size, ", end="")
-            print("a smaller --backbone, --amp bf16 or a GPU make it shorter; it can be resumed", flush=True)
+        if pseudo_label is not None:
+            self.counts.index_add_(0, pseudo_label, mask)
+        if len(self.pending) == 3 and f"time {stage}" not in self.warned:
+            seconds = (num_steps - step) * (time.perf_counter() - self.mark) / 3
+            self.warned.add(f"time {stage}")
+            hours, said = seconds / 3600, f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+            if hours > 1:
+                said = f"{hours:.0f} h on {self.device}; --num-steps, --batch-size, a smaller --backbone, --amp bf16 "
+                said += "or a GPU make it shorter; it can be resumed"
+            if seconds > 20:
+                print(f"stage {stage} takes about {said}", flush=True)
         if (step + 1) % log_every and step + 1 < num_steps:
             return
         rate = len(self.pending) / (time.perf_counter() - self.mark)
-        means = self._means(stage, step)
+        self.means = means = self._means(stage, step)
         self._write(
             stage, step, {f"train/{name}": mean for name, mean in means.items()} | {"time/step_per_s": rate}
         )
         left = f"{rate:.3g} step/s, {(num_steps - step - 1) / rate:.0f} s left"
         print(f"stage {stage} step {step + 1}/{num_steps} | {line.format(**means)} | {left}", flush=True)
+        self.idle = self.idle + len(self.pending) if means.get("mask_rate") == 0 else 0
+        if self.idle >= min(500, num_steps / 4):
+            self.warn(
+                "idle", f"no unlabeled example above the threshold for {self.idle} steps: only labels teach; try a "
+                "lower threshold (--tau), a higher --lr, more labels or pre-trained weights",
+            )  # fmt: skip
         self.pending, self.mark = [], time.perf_counter()
+
+    def warn(self, about: str, said: str) -> None:
+        """Print a warning, once a run."""
+        if about not in self.warned:
+            self.warned.add(about)
+            print(f"warning: {said}", flush=True)
 
     def _means(self, stage: int, step: int) -> dict[str, float]:
         names = list(self.pending[0])
@@ -1848,10 +1914,44 @@ class Run:
         return dict(zip(names, table.nanmean(dim=(0, 1)).tolist(), strict=True))
 
     def evaluated(self, stage: int, step: int, acc: float) -> None:
-        """Write one test accuracy in percent; `result_of` reports from all of them."""
+        """Write one test accuracy in percent (`result` reports from all of them), and say how training goes.
+
+        class_drift is half the sum over classes of |share of the pseudo-labels that counted since the
+        last evaluation - share of the labels|: 0 alike, near 1 everything in a class of few labels."""
         self.history.append([stage, step + 1, acc])
-        self._write(stage, step, {"test/acc": acc, "time/hours": self.seconds() / 3600})
-        print(f"stage {stage} step {step + 1} | test/acc {acc:.2f}", flush=True)
+        name, health = MEASURED[self.measured][0], {}
+        counts = average(self.counts).cpu().double()
+        if counts.sum() > 0:
+            shares = counts / counts.sum()
+            health = {"train/class_drift": 0.5 * (shares - self.p_labeled).abs().sum().item()}
+        self._write(stage, step, {name: acc, "time/hours": self.seconds() / 3600} | health)
+        print(f"stage {stage} step {step + 1} | {name} {acc:.2f}{self._health(health, counts)}", flush=True)
+        self.counts.zero_()
+
+    def _health(self, health: dict[str, float], counts: Tensor) -> str:
+        """The health line, as far as its parts are known; prints warnings about classes."""
+        parts, means = [], {k: v for k, v in self.means.items() if not math.isnan(v)}
+        for key, said in (("mask_rate", "mask {:.2f}"), ("pl_acc_masked", "pseudo-labels {:.1f} % right"),
+                          ("agree_teacher", "{:.1f} % as the teacher")):  # fmt: skip
+            parts += [said.format(means[key])] if key in means else []
+        if not health:
+            return " | health: " + ", ".join(parts) if parts else ""
+        shares, top = counts / counts.sum(), int(counts.argmax())
+        parts += [f"class drift {health['train/class_drift']:.2f}"]
+        enough = counts.sum() > 50 * len(self.classes)
+        if enough and shares[top] > max(0.5, 3 * self.p_labeled[top]):
+            self.warn(
+                f"class {top}", f"{100 * shares[top]:.0f} % of the pseudo-labels are {self.classes[top]!r}, of the "
+                f"labels {100 * self.p_labeled[top]:.0f} %: training may be collapsing; try a higher --tau, lower --lr",
+            )  # fmt: skip
+        missing = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
+        if missing and enough:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            self.warn(
+                "missing", f"no pseudo-label of class {', '.join(missing[:5])}{more} counted since the last "
+                "evaluation: such a class is learned from labels alone; if it stays so, try a lower --tau, more labels",
+            )  # fmt: skip
+        return f" | health: {', '.join(parts)}"
 
     def _write(self, stage: int, step: int, row: dict[str, float]) -> None:
         row = {"stage": stage, "step": step + 1} | {
@@ -1859,6 +1959,9 @@ class Run:
         }
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
+        for name, value in row.items():
+            if self.board and value is not None and "/" in name:
+                self.board.add_scalar(f"stage {stage}/{name}", value, step + 1)
 
     def seconds(self) -> float:
         """Running time of all sessions of this run."""
@@ -1878,7 +1981,7 @@ class Run:
         pending = [{name: float(value) for name, value in row.items()} for row in self.pending]
         state |= {name: part.state_dict() for name, part in parts.items()}
         state |= {"stage": stage, "step": step + 1, "seconds": self.seconds()}
-        state |= {"history": self.history, "pending": pending}
+        state |= {"history": self.history, "pending": pending, "counts": self.counts}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
@@ -1887,10 +1990,21 @@ class Run:
             raise KeyboardInterrupt
 
     def result(self, stage: int) -> dict[str, float | None]:
-        """The reported figures of a stage, percent: last evaluation and median of the last 20, never the best."""
+        """The reported figures of a stage, percent: last evaluation and median of the last 20, never the best.
+
+        Named test_acc only where they are of a test part (MEASURED)."""
         accs = [acc for at, _, acc in self.history if at == stage]
         last, median = (accs[-1], float(np.median(accs[-20:]))) if accs else (None, None)
-        return {"test_acc": last, "test_acc_median20": median, "seconds": self.seconds()}
+        return {self.measured: last, f"{self.measured}_median20": median, "seconds": self.seconds()}
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """Writes event files into `folder`. Raises UserError where the optional package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package that is optional here: pip install tensorboard") from None
+    return SummaryWriter(str(folder))
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -1943,20 +2057,21 @@ def student_config(
     """What it takes to use a student elsewhere: architecture, class names in order, preprocessing."""
     return {
         "dataset": dataset, "backbone": backbone, "classes": classes, "num_extra": num_extra,
-        "size": preset.size, "mean": preset.mean, "std": preset.std,
+        "size": preset.size, "pad": preset.pad, "mean": preset.mean, "std": preset.std,
     }  # fmt: skip
 
 
 def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> None:
-    """Encoder and main head as `model.safetensors`, with `config.json` beside it, and in encoder/ the
-    configuration (and tokenizer) of a model that is known by its id only: no hub is needed to load it."""
+    """Encoder and main head as `model.safetensors`, with `config.json` beside it. A model of transformers
+    stands in encoder/ once more, with its tokenizer, for AutoModel.from_pretrained: no hub is needed."""
     from safetensors.torch import save
 
     if RANK:
         return
     folder.mkdir(exist_ok=True)
     if config["backbone"] not in VITS and hasattr(getattr(student.encoder, "model", None), "config"):
-        student.encoder.model.config.save_pretrained(folder / "encoder")
+        quiet_hub()
+        student.encoder.model.save_pretrained(folder / "encoder")
     if isinstance(student.encoder, TextEncoder):
         load_pretrained("AutoTokenizer", config["backbone"]).save_pretrained(folder / "encoder")
     weights = {k: v.contiguous() for k, v in student.state_dict().items() if not k.startswith("kd_head.")}

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    PROCESSES, Run, TextViews, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student,
+    MEASURED, PROCESSES, Run, TextViews, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student,
     check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views,
     measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
 )  # fmt: skip
@@ -81,6 +81,8 @@ class Args:
     """Compile the student with torch.compile: slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
     """Steps from one printed line to the next."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard into the run folder; needs the package tensorboard."""
     eval_every: int | None = None
     """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
     # model
@@ -277,6 +279,7 @@ def train(
             "by outer {outer_rate:.2f} pl_acc {pl_acc_masked:.1f}",
             loss=loss, loss_s=loss_s, lambda_u=args.lambda_u, loss_u=loss_u, mask_rate=counts.mean(),
             outer_rate=(counts - mask).mean(), lr=lr, **pseudo_label_accuracy(target, counts, train.y[idx_ulb]),
+            pseudo_label=target, mask=counts,
         )  # fmt: skip
         evaluate = (step + 1) % args.eval_every == 0 or step + 1 == args.num_steps
         if evaluate:
@@ -371,7 +374,7 @@ def main(args: Args) -> dict[str, Any]:
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     name = f"kd_fixmatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(args.runs_dir, name, asdict(args), device, dtype)
-    run.describe(data, labeled, vars(args))
+    run.describe(data, labeled, vars(args), measured)
     parts = (data.train, test_part)
     train_views, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in parts)
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
@@ -395,12 +398,12 @@ def main(args: Args) -> dict[str, Any]:
 
     save_student(run.folder / "student", evaluated, student_config(args.dataset, args.backbone, preset, data.classes))
     result = run.result(stage=1 if args.outer_only else 3)
-    result |= {"outer_acc": run.result(stage=1)["test_acc"], "trusted": trusted, "measured": measured}
+    result |= {"outer_acc": run.result(stage=1)[measured], "trusted": trusted, "measured": measured}
     run.write_json("result.json", result | {"args": asdict(args)})
-    print(f"\n{data.name}, {len(labeled)} labels: {measured} ({len(test)}), last evaluation")
+    print(f"\n{data.name}, {len(labeled)} labels: {MEASURED[measured][1]} ({len(test)}), last evaluation")
     print(f"  {'outer network (FixMatch)':34} {result['outer_acc']:.2f} %")
     if not args.outer_only:
-        print(f"  {f'inner (KD-FixMatch, {args.unsup_loss})':34} {result['test_acc']:.2f} %")
+        print(f"  {f'inner (KD-FixMatch, {args.unsup_loss})':34} {result[measured]:.2f} %")
     return result
 
 

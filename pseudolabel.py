@@ -3,7 +3,7 @@
     python pseudolabel.py --dataset digits --split test
     python pseudolabel.py --dataset fashion_mnist --teacher clip
     python pseudolabel.py --dataset fashion_mnist --teacher chat --model gpt-4.1 --price-in 2 --price-out 8 --dry-run 20
-    python pseudolabel.py --dataset digits --split test --teacher student --student runs/NAME/student
+    python pseudolabel.py --dataset new_pictures --teacher student --student runs/NAME/student --csv answers.csv
 
 Teachers
     glyphs     digits only: a network that has only ever seen digits rendered from Pillow's built-in font; a true
@@ -67,8 +67,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (
-    Data, SmallCNN, Split, Student, TextSplit, UserError, cli, first_process_first, load_data, load_pretrained,
-    load_student, make_views, predict, preset_of, seed_step, setup_device, write_atomically,
+    PRESETS, Data, SmallCNN, Split, Student, TextSplit, UserError, class_counts, cli, decode, files_below,
+    first_process_first, load_data, load_pretrained, load_student, luminance, make_views, predict, preset_of, seed_step,
+    setup_device, share_right, wilson_interval, write_atomically,
 )  # fmt: skip
 
 Rows = Iterator[dict[str, Any]]
@@ -89,6 +90,8 @@ class Args:
     """Who labels, see above."""
     output: str | None = None
     """Label file to make or go on with; unset: DATA_DIR/labels/DATASET-SPLIT-TEACHER.jsonl."""
+    csv: str | None = None
+    """Also write a CSV: file or text, label by name, a probability a class."""
     data_dir: str = "data"
     """Where data sets and label files are kept."""
     dry_run: int | None = None
@@ -450,13 +453,13 @@ def rows_of_student(
 def label_with_student(data: Data, todo: list[int], args: Args, prompt: None) -> Rows:
     """Rows of a network trained by one of the scripts, for data of the same classes, kind and image size."""
     student, config = load_student(args.student)
-    part, preset = data.part(args.split), preset_of(args.dataset)
-    fits = bool(preset.mean) == bool(config["mean"]) and (preset.size == config["size"] or not preset.mean)
+    part, size, texts = data.part(args.split), config["size"], not config["mean"]
+    fits = isinstance(part, TextSplit) == texts and (texts or part.x.shape[2] in (size, round(size / 0.875)))
     if config["classes"] != data.classes or not fits:
         raise UserError(f"--student {args.student}: was trained for other classes or image sizes than {data.name}'s")
     if config["num_extra"]:
         raise UserError(f"--student {args.student}: needs a teacher's labels as input, too; give another student")
-    preset = preset._replace(**{key: config[key] for key in ("size", "mean", "std")})
+    preset = PRESETS["text"]._replace(**{key: config[key] for key in ("size", "mean", "std")})
     yield from rows_of_student(student, part, todo, preset, args, config["backbone"])
 
 
@@ -919,11 +922,10 @@ def cost_of(rows: list[dict[str, Any]], args: Args) -> float:
 def summary(path: Path, rows: list[dict[str, Any]], data: Data, args: Args) -> dict[str, Any]:
     """What a label file holds: counts, classes, tokens, cost, and the accuracy where true labels are known (in own
     data: of the labeled examples), an abstention counting as wrong, with Wilson's 95 % interval."""
-    from scipy.stats import binomtest
-
     y, classes = data.part(args.split).y, data.classes
     labels, probs = collect(path, rows, len(y), len(classes))
     known, counts = (labels != -2) & (y >= 0), np.bincount(labels[labels >= 0], minlength=len(classes))
+    right = int((labels == y)[known].sum())
     used = [sum(row["usage"][side] for row in rows if "usage" in row) for side in (0, 1)]
     result = {
         "path": str(path), "num_examples": len(y), "labeled": int((labels != -2).sum()), "known": int(known.sum()),
@@ -933,17 +935,14 @@ def summary(path: Path, rows: list[dict[str, Any]], data: Data, args: Args) -> d
     }  # fmt: skip
     said = "{path}: {labeled} of {num_examples} labeled, {abstentions} abstentions, {with_probs} with probs"
     print(said.format(**result))
-    most = [f"{classes[k]} {counts[k]}" for k in np.argsort(-counts, kind="stable")]
-    print("labels of a class:", ", ".join(most if len(most) <= 20 else most[:10] + ["..."] + most[-10:]))
+    print("labels of a class:", class_counts(labels, classes))
     for what, factor in (("so far", 1), (f"estimate for all {len(y)}", len(y) / max(1, result["labeled"]))):
         if any(used):
             tokens_in, tokens_out, cost = used[0] * factor, used[1] * factor, result["cost"] * factor
             print(f"{what}: {tokens_in:.0f} tokens in, {tokens_out:.0f} out, cost {cost:.4f}")
     if result["known"]:
-        test = binomtest(int((labels == y)[known].sum()), result["known"])
-        low, high = (100 * end for end in test.proportion_ci(method="wilson"))
-        result |= {"accuracy": 100 * test.statistic, "interval": [low, high]}
-        print(f"accuracy {100 * test.statistic:.2f} % (95 % interval {low:.2f} to {high:.2f}) on {test.n} known labels")
+        result |= {"accuracy": 100 * right / result["known"], "interval": wilson_interval(right, result["known"])}
+        print(f"accuracy {share_right(right, result['known'])} known labels")
     return result
 
 
@@ -977,12 +976,50 @@ def default_labels(data: Data, data_dir: str) -> tuple[Path, Path | None]:
     return found[0], test if complete(test) else None
 
 
+def load_new_pictures(folder: Path, args: Args) -> Data:
+    """All pictures below a folder, without labels, as the student of `args` has seen test pictures."""
+    config = load_student(args.student)[1]
+    if not config["mean"]:
+        raise UserError(f"--student {args.student}: reads texts, {folder} is a folder of pictures; give a .csv file")
+    preset = PRESETS["cifar10"]._replace(size=config["size"], pad=config.get("pad", 1))
+    store = f"{args.data_dir}/decoded/new-{digest(str(folder.resolve()).encode())}"
+    pictures = [(file, -1) for file in files_below(folder)]
+    if not pictures:
+        raise UserError(f"--dataset {folder}: there is no picture in it or below it")
+    part = decode(pictures, store, preset, "test")
+    if len(config["mean"]) == 1:
+        part.x = luminance(torch.tensor(part.x)).numpy()
+    return Data(folder.resolve().name, config["classes"], part, None)
+
+
+def write_csv(path: Path, data: Data, args: Args, labels: Path) -> None:
+    """What `labels` holds as a CSV: index, file (images that have one) or text, label, a probability a class."""
+    part, (_, rows, _) = data.part(args.split), read_rows(labels)
+    kind, names = ("text", part.texts) if isinstance(part, TextSplit) else ("file", part.files)
+    content = io.StringIO()
+    out = csv.writer(content)
+    out.writerow(["index", kind, "label", *data.classes])
+    for row in sorted((row for row in rows if "index" in row), key=lambda row: row["index"]):
+        name = "" if row["label"] is None else data.classes[row["label"]]
+        probs = row.get("probs", [""] * len(data.classes))
+        out.writerow([row["index"], names[row["index"]] if names else "", name, *probs])
+    write_atomically(path, content.getvalue().encode())
+    print(f"{path}: label and probabilities of {len(rows)} examples")
+
+
 def main(args: Args) -> dict[str, Any]:
     """Label a part of a data set as `args` say; returns what is printed at the end. Raises UserError."""
-    data = load_data(args.dataset, args.data_dir, args.test_file)
+    folder = Path(args.dataset)
+    if args.teacher == "student" and args.student and folder.is_dir() and not (folder / "train").is_dir():
+        data = load_new_pictures(folder, args)
+    else:
+        data = load_data(args.dataset, args.data_dir, args.test_file)
     if args.student and not data.classes:  # new texts without a single label
         data.classes = load_student(args.student)[1]["classes"]
-    return label(data, args)
+    result = label(data, args)
+    if args.csv:
+        write_csv(Path(args.csv), data, args, Path(result["path"]))
+    return result
 
 
 if __name__ == "__main__":

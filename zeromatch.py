@@ -46,9 +46,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    PROCESSES, Run, TextViews, Views, accuracy, average, averaged_copy, batch_at, build_optimizer, build_student,
-    check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views,
-    measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
+    MEASURED, PROCESSES, Run, TextViews, Views, accuracy, average, averaged_copy, batch_at, build_optimizer,
+    build_student, check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights,
+    make_views, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device,
+    student_config,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -84,6 +85,8 @@ class Args:
     """Compile the student with torch.compile: slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
     """Steps from one printed line to the next."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard into the run folder; needs the package tensorboard."""
     eval_every: int | None = None
     """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
     # model
@@ -295,7 +298,8 @@ def train_stage2(
             2, step, args.num_steps, args.log_every, LINE,
             loss=loss, loss_s=loss_s, lambda_u=args.lambda_u, loss_u=loss_u, kd_weight=args.lambda_p * alpha_t,
             loss_kd=loss_kd, mask_rate=mask.mean(), c_tau=c_tau, alpha_t=alpha_t, lr=lr,
-            **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
+            pseudo_label=pseudo_label, mask=mask, **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
+            agree_teacher=pseudo_label_accuracy(pseudo_label, mask, y_zs[idx_ulb])["pl_acc"],
         )  # fmt: skip
         evaluate = (step + 1) % args.eval_every == 0 or step + 1 == args.num_steps
         if evaluate:
@@ -332,7 +336,7 @@ def main(args: Args) -> dict[str, Any]:
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(args.runs_dir, name, asdict(args), device, dtype)
-    run.describe(data, labeled, vars(args))
+    run.describe(data, labeled, vars(args), measured, zero_shot)
     train, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in (data.train, test_part))
     y_zs = torch.from_numpy(zero_shot).to(device)
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
@@ -353,16 +357,12 @@ def main(args: Args) -> dict[str, Any]:
 
     config = student_config(args.dataset, args.backbone, preset, data.classes)
     save_student(run.folder / "student", evaluated, config)
-    result = {
-        **run.result(stage=1 if args.stages == "1" else 2),
-        "teacher_acc": teacher_acc,
-        "stage1_acc": run.result(stage=1)["test_acc"],
-        "measured": measured,
-    }
+    result = run.result(stage=1 if args.stages == "1" else 2) | {"teacher_acc": teacher_acc, "measured": measured}
+    result["stage1_acc"] = run.result(stage=1)[measured]
     run.write_json("result.json", result | {"args": asdict(args)})
-    print(f"\n{data.name}, {len(labeled)} labels: {measured} ({len(test)}), last evaluation")
+    print(f"\n{data.name}, {len(labeled)} labels: {MEASURED[measured][1]} ({len(test)}), last evaluation")
     rows = [("teacher (zero-shot)", teacher_acc), ("stage 1 (pseudo-supervision)", result["stage1_acc"])]
-    rows += [("stage 2 (ZeroMatch)", result["test_acc"])] if args.stages != "1" else []
+    rows += [("stage 2 (ZeroMatch)", result[measured])] if args.stages != "1" else []
     for name, acc in rows:
         print(f"  {name:30} {'not known' if acc is None else f'{acc:.2f} %'}")
     return result
