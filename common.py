@@ -979,47 +979,35 @@ def draw_labeled(y: np.ndarray, num_labels: int, num_classes: int, seed: int) ->
 # on every device. Images are uint8 [n, C, H, W] throughout, as Pillow's are; 0 is black.
 
 
-def take_pixels(x: Tensor, rows: Tensor, cols: Tensor, inside: Tensor | None = None) -> Tensor:
-    """out[b, c, i, j] = x[b, c, rows[b, i, j], cols[b, i, j]], 0 where `inside` is False.
+def to_bytes(x: Tensor) -> Tensor:
+    """Numbers in [0, 256) cut to integers; by way of int16, as the direct conversion is not vectorized on CPUs."""
+    return x.to(torch.int16).to(torch.uint8)
 
-    [n, C, H, W], rows and cols broadcastable to [n, h, w] int64 -> [n, C, h, w]."""
-    flat = rows * x.shape[3] + cols  # [n, h, w]
-    if inside is not None:
-        flat = flat.where(inside, 0)
-    n, channels, (h, w) = len(x), x.shape[1], flat.shape[1:]
-    out = x.flatten(2).gather(2, flat.reshape(n, 1, h * w).expand(n, channels, h * w)).view(n, channels, h, w)
-    return out if inside is None else out * inside[:, None]
+
+def mirror(x: Tensor, chosen: Tensor, dim: int) -> Tensor:
+    """The images where `chosen` [n] is true, mirrored along dim, beside the others as they are."""
+    both = torch.cat([x, x.flip(dim)])
+    return both.index_select(0, torch.arange(len(x), device=x.device) + len(x) * chosen)
 
 
 def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tensor:
     """Reflect `pad` pixels around the image, crop size x size at a random place, mirror half of them.
 
     u [n, 3] in [0, 1): row, column, mirror. [n, C, H, W] -> [n, C, size, size]."""
-    height, width = x.shape[2:]
-    grid = torch.arange(size, device=x.device)
-    top = (u[:, 0] * (height + 2 * pad - size + 1)).long() - pad
-    left = (u[:, 1] * (width + 2 * pad - size + 1)).long() - pad
-    rows = (top[:, None] + grid).abs()  # [n, size]; reflection at the first ...
+    if pad:
+        x = torch.cat([x[..., 1 : pad + 1].flip(3), x, x[..., -pad - 1 : -1].flip(3)], dim=3)
+    n, channels, height, width = x.shape
+    top, left = (u[:, 0] * (height + 2 * pad - size + 1)).long() - pad, (u[:, 1] * (width - size + 1)).long()
+    rows = (top[:, None, None] + torch.arange(size, device=x.device)).abs()  # [n, 1, size]; reflected at the first ...
     rows = (height - 1) - (height - 1 - rows).abs()  # ... and at the last row
-    cols = (left[:, None] + grid).abs()
-    cols = (width - 1) - (width - 1 - cols).abs()
+    # all runs of `size` bytes in memory, one starting at each byte: a row of a crop is one of them
+    runs = x.contiguous().view(-1).as_strided((x.numel() - size + 1, size), (1, 1))
+    planes = torch.arange(n * channels, device=x.device).view(n, channels, 1) * height
+    start = (planes + rows) * width + left[:, None, None]
+    x = runs.index_select(0, start.flatten()).view(n, channels, size, size)
     if flip:
-        cols = torch.where(u[:, 2, None] < 0.5, cols.flip(1), cols)
-    if flip == 2:
-        rows = torch.where(u[:, 2, None] * 2 % 1 < 0.5, rows.flip(1), rows)
-    return take_pixels(x, rows[:, :, None], cols[:, None, :])
-
-
-def resize_weights(start: Tensor, length: Tensor, size: int, source: int) -> Tensor:
-    """Weights [n, size, source] of Pillow's bilinear resize of pixels start ... start + length - 1 to `size`.
-
-    Triangles as wide as the reduction, which is what keeps a reduced image from flickering."""
-    scale = (length / size)[:, None, None]
-    at = torch.arange(source, device=start.device) - start[:, None, None] + 0.5  # [n, 1, source]
-    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # [n, size, 1]
-    weight = (1 - (at - center).abs() / scale.clamp(min=1)).clamp(min=0)
-    weight = weight * ((at > 0) & (at < length[:, None, None]))
-    return weight / weight.sum(dim=2, keepdim=True)
+        x = mirror(x, u[:, 2] < 0.5, 3)
+    return mirror(x, u[:, 2] * 2 % 1 < 0.5, 2) if flip == 2 else x
 
 
 AREA_DRAWS = 2 * 10  # (area, proportion) of ten tries, torchvision's number
@@ -1028,22 +1016,27 @@ AREA_DRAWS = 2 * 10  # (area, proportion) of ten tries, torchvision's number
 def random_resized_crop(x: Tensor, u: Tensor, u_area: Tensor, size: int, flip: int) -> Tensor:
     """A part of 0.08 to 1 of the area with sides 3:4 to 4:3, resized to size x size, half of them mirrored.
 
-    u [n, 3] in [0, 1): row, column, mirror; u_area [n, AREA_DRAWS]; the first try that fits into the
-    image counts, else the whole image. Source: torchvision transforms.RandomResizedCrop."""
+    u [n, 3] in [0, 1) on the CPU: row, column, mirror; u_area [n, AREA_DRAWS]; the first try that fits into
+    the image counts, else the whole image. Source: torchvision transforms.RandomResizedCrop."""
     height, width = x.shape[2:]
     area, ratio = u_area.unflatten(1, (-1, 2)).unbind(dim=2)  # [n, 10]
     area, ratio = (0.08 + 0.92 * area) * height * width, (math.log(3 / 4) + 2 * math.log(4 / 3) * ratio).exp()
     sides = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=2)
-    whole = torch.tensor([height, width], device=x.device)
+    whole = torch.tensor([height, width])
     sides = torch.cat([sides, whole.expand(len(x), 1, 2)], dim=1)
     first = (sides <= whole).all(dim=2).float().argmax(dim=1)  # of equal ones argmax takes the first
-    h, w = sides[torch.arange(len(x), device=x.device), first].unbind(dim=1)
-    rows = resize_weights((u[:, 0] * (height - h + 1)).floor(), h, size, height)
-    cols = resize_weights((u[:, 1] * (width - w + 1)).floor(), w, size, width)
-    if flip:
-        cols = torch.where(u[:, 2, None, None] < 0.5, cols.flip(1), cols)
-    x = (x.float() @ cols.mT[:, None] + 0.501).floor()  # rounded after each direction, halves up, as in Pillow
-    return (rows[:, None] @ x + 0.501).clamp(0, 255).to(torch.uint8)
+    sides = sides[torch.arange(len(x)), first]  # [n, 2]
+    corners = (u[:, :2] * (whole - sides + 1)).floor()
+    boxes = torch.cat([corners, corners + sides], dim=1).long().tolist()
+    parts = [resize(x[i, None, :, top:end, left:right], size) for i, (top, left, end, right) in enumerate(boxes)]
+    x = torch.cat(parts)
+    return mirror(x, (u[:, 2] < 0.5).to(x.device), 3) if flip else x
+
+
+def resize(x: Tensor, size: int) -> Tensor:
+    """Bilinear with triangles as wide as the reduction, as Pillow's. GPUs have no such thing for bytes."""
+    options = {"size": (size, size), "mode": "bilinear", "antialias": True}
+    return F.interpolate(x, **options) if x.is_cpu else to_bytes(F.interpolate(x.float(), **options) + 0.5)
 
 
 def luminance(x: Tensor) -> Tensor:
@@ -1057,32 +1050,34 @@ def luminance(x: Tensor) -> Tensor:
 def blend(base: Tensor, x: Tensor, v: Tensor) -> Tensor:
     """base + v * (x - base), cut to an integer as Pillow does; v [n] in [0, 1]."""
     base = base.float()
-    return (base + v[:, None, None, None] * (x.float() - base)).clamp_(0, 255).to(torch.uint8)
+    return to_bytes((x.float() - base).mul_(v[:, None, None, None]).add_(base))
 
 
 def auto_contrast(x: Tensor) -> Tensor:
     """Stretch every channel to 0 ... 255; a flat channel stays."""
-    low, high = x.float().flatten(2).aminmax(dim=2)  # [n, C]
-    scale = torch.where(high > low, 255 / (high - low).clamp(min=1), 1)[..., None, None]
-    low = torch.where(high > low, low, 0)[..., None, None]
-    return ((x.float() - low) * scale + 1e-4).clamp_(0, 255).to(torch.uint8)
+    low, high = (extreme(dim=(2, 3), keepdim=True).float() for extreme in (x.amin, x.amax))  # [n, C, 1, 1]
+    scale = torch.where(high > low, 255 / (high - low).clamp(min=1), 1)
+    low = torch.where(high > low, low, 0)
+    return to_bytes((x.float() - low).mul_(scale).add_(1e-4).clamp_(0, 255))
 
 
 def equalize(x: Tensor) -> Tensor:
     """Level every channel's histogram by Pillow's integer rule; a channel of one value stays."""
     flat = x.flatten(0, 1).flatten(1).long()  # [n * C, H * W]
-    count = flat.new_zeros(len(flat), 256).scatter_add_(1, flat, torch.ones_like(flat))
-    step = (flat.shape[1] - count.gather(1, flat.amax(dim=1, keepdim=True))) // 255
+    count = torch.zeros(len(flat), 256, device=x.device).scatter_add_(1, flat, flat.new_ones(1).float().expand_as(flat))
+    step = ((flat.shape[1] - count.gather(1, flat.amax(dim=1, keepdim=True))) / 255).int()
     below = count.cumsum(dim=1) - count
-    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    return torch.where(step > 0, table.gather(1, flat), flat).to(torch.uint8).view_as(x)
+    table = to_bytes(((below + step // 2) / step.clamp(min=1)).clamp_(max=255))  # such quotients cut exactly
+    table = torch.where(step > 0, table, torch.arange(256, device=x.device, dtype=torch.uint8))
+    return table.gather(1, flat).view_as(x)
 
 
 def smooth(x: Tensor) -> Tensor:
     """Filter by [1 1 1; 1 5 1; 1 1 1] / 13, rounded; the border stays as it is."""
-    out = x.clone()
-    inner = F.avg_pool2d(x.float(), 3, 1) * (9 / 13) + x[:, :, 1:-1, 1:-1] * (4 / 13)
-    out[:, :, 1:-1, 1:-1] = (inner + 0.5 + 1e-4).to(torch.uint8)
+    out, wide = x.clone(), x.int()
+    rows = wide[:, :, :-2] + wide[:, :, 1:-1] + wide[:, :, 2:]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[:, :, 1:-1, 1:-1]
+    out[:, :, 1:-1, 1:-1] = ((total + 6) * 20165 >> 18).to(torch.uint8)  # (total + 6) // 13 of sums to 13 * 255
     return out
 
 
@@ -1097,42 +1092,67 @@ def posterize(x: Tensor, v: Tensor) -> Tensor:
     return x & (255 >> low << low).to(torch.uint8)[:, None, None, None]
 
 
-def affine(x: Tensor, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Tensor:
+def solarize(x: Tensor, v: Tensor) -> Tensor:
+    """255 - x where x >= v, without a comparison, which is slow for bytes: the sign of x - ceil(v) fills the bits."""
+    below = (x.short() - v.ceil().short()[:, None, None, None] >> 15).to(torch.uint8)  # 255 or 0
+    return x ^ ~below
+
+
+def affine(x: Tensor, coefficients: Tensor) -> Tensor:
     """Pillow's AFFINE with nearest neighbor and black fill: out(x, y) = in(ax + by + c, dx + ey + f).
 
-    Coordinates are of pixel centers; the six coefficients are [n] tensors or numbers."""
-    height, width = x.shape[2:]
-    a, b, c, d, e, f = (torch.as_tensor(k, device=x.device).view(-1, 1, 1) for k in (a, b, c, d, e, f))
+    Coordinates are of pixel centers; coefficients [n, 6] in Pillow's order, a to f."""
+    channels, height, width = x.shape[1:]
+    a, b, c, d, e, f = coefficients[:, :, None, None].unbind(dim=1)
     i = torch.arange(height, device=x.device)[:, None] + 0.5
     j = torch.arange(width, device=x.device) + 0.5
-    cols, rows = (a * j + b * i + c).floor().long(), (d * j + e * i + f).floor().long()
-    inside = (cols >= 0) & (cols < width) & (rows >= 0) & (rows < height)
-    return take_pixels(x, rows, cols, inside.expand(len(x), -1, -1))
+    cols, rows = a * j + b * i + c, d * j + e * i + f  # [n, H, W]
+    col, row = cols.int(), rows.int()
+    # The sign bit of any of the four is set outside the image: -1 there, 0 inside. Comparisons are slow on CPUs.
+    beyond = cols.view(torch.int32) | rows.view(torch.int32) | (width - 1 - col) | (height - 1 - row)
+    inside = ~(beyond >> 31)
+    at = ((row * width + col) & inside).long().flatten(1)[:, None].expand(-1, channels, -1)
+    return x.flatten(2).gather(2, at).view_as(x) & inside.to(torch.uint8)[:, None]
 
 
-def rotate(x: Tensor, v: Tensor) -> Tensor:
-    """Rotate by v degrees counter-clockwise around the middle."""
-    cy, cx = (side / 2 for side in x.shape[2:])
-    cos, sin = (v * (math.pi / 180)).cos(), (v * (math.pi / 180)).sin()
-    return affine(x, cos, -sin, cx - cos * cx + sin * cy, sin, cos, cy - sin * cx - cos * cy)
+class Geometry:
+    """An operation of RandAugment that moves pixels: `coefficients` (height, width, v [n]) -> a to f of `affine`.
+
+    All of a round are done in one go."""
+
+    def __init__(self, coefficients: Callable[[int, int, Tensor], tuple[Any, ...]]) -> None:
+        self.rule = coefficients
+
+    def coefficients(self, x: Tensor, v: Tensor) -> Tensor:
+        """[n, 6] for images x [n, C, H, W]."""
+        return torch.stack([torch.as_tensor(k, device=v.device).expand_as(v) for k in self.rule(*x.shape[2:], v)], 1)
+
+    def __call__(self, x: Tensor, v: Tensor) -> Tensor:
+        return affine(x, self.coefficients(x, v))
+
+
+def rotation(height: int, width: int, v: Tensor) -> tuple[Any, ...]:
+    """By v degrees counter-clockwise around the middle."""
+    cy, cx, cos, sin = height / 2, width / 2, (v * (math.pi / 180)).cos(), (v * (math.pi / 180)).sin()
+    return cos, -sin, cx - cos * cx + sin * cy, sin, cos, cy - sin * cx - cos * cy
 
 
 # Lowest and highest v of the 14 operations, ZM semilearn/datasets/augmentation/randaugment.py.  # C3
 RAND_AUGMENT: dict[str, tuple[float, float, Callable[[Tensor, Tensor], Tensor]]] = {
     "AutoContrast": (0, 1, lambda x, v: auto_contrast(x)),
-    "Brightness": (0.05, 0.95, lambda x, v: blend(torch.zeros_like(x), x, v)),
+    "Brightness": (0.05, 0.95, lambda x, v: to_bytes(x * v[:, None, None, None])),
     "Color": (0.05, 0.95, lambda x, v: blend(luminance(x), x, v)),  # C4
     "Contrast": (0.05, 0.95, lambda x, v: blend(mean_gray(x), x, v)),
     "Equalize": (0, 1, lambda x, v: equalize(x)),
     "Identity": (0, 1, lambda x, v: x),
     "Posterize": (4, 8, posterize),
-    "Rotate": (-30, 30, rotate),
+    "Rotate": (-30, 30, Geometry(rotation)),
     "Sharpness": (0.05, 0.95, lambda x, v: blend(smooth(x), x, v)),
-    "ShearX": (-0.3, 0.3, lambda x, v: affine(x, 1, v, 0, 0, 1, 0)),
-    "ShearY": (-0.3, 0.3, lambda x, v: affine(x, 1, 0, 0, v, 1, 0)),
-    "Solarize": (0, 256, lambda x, v: torch.where(x < v[:, None, None, None], x, 255 - x)),
-    "TranslateX": (-0.3, 0.3, lambda x, v: affine(x, 1, 0, v * x.shape[3], 0, 1, 0)),
-    "TranslateY": (-0.3, 0.3, lambda x, v: affine(x, 1, 0, 0, 0, 1, v * x.shape[2])),
+    "ShearX": (-0.3, 0.3, Geometry(lambda height, width, v: (1, v, 0, 0, 1, 0))),
+    "ShearY": (-0.3, 0.3, Geometry(lambda height, width, v: (1, 0, 0, v, 1, 0))),
+    "Solarize": (0, 256, solarize),
+    "TranslateX": (-0.3, 0.3, Geometry(lambda height, width, v: (1, 0, v * width, 0, 1, 0))),
+    "TranslateY": (-0.3, 0.3, Geometry(lambda height, width, v: (1, 0, 0, 0, 1, v * height))),
 }
 
 
@@ -1140,16 +1160,24 @@ def rand_augment(x: Tensor, u: Tensor) -> Tensor:
     """Three operations an image, drawn with replacement, v uniform in the operation's range.
 
     u [n, 3, 2] in [0, 1) on the CPU: (operation, v) of each round. [n, C, H, W] -> the same."""
-    x = x.clone()
+    order = torch.arange(len(x))  # which image each row of x is by now
     for round_u in u.unbind(dim=1):
-        chosen = (round_u[:, 0] * len(RAND_AUGMENT)).long()
-        for number, (low, high, operation) in enumerate(RAND_AUGMENT.values()):
-            members = (chosen == number).nonzero().squeeze(1)  # on the CPU: no GPU waits for it
-            if len(members):
-                v = (low + (high - low) * round_u[members, 1]).to(x.device)
-                members = members.to(x.device)
-                x[members] = operation(x[members], v)
-    return x
+        chosen, step = (round_u[order, 0] * len(RAND_AUGMENT)).long().sort()
+        x, order = x.index_select(0, step.to(x.device)), order[step]  # rows of one operation side by side
+        sizes = chosen.bincount(minlength=len(RAND_AUGMENT)).tolist()  # on the CPU: no GPU waits for it
+        done, moved, coefficients = [], [], []
+        for part, rows, (low, high, operate) in zip(x.split(sizes), order.split(sizes), RAND_AUGMENT.values()):
+            v = (low + (high - low) * round_u[rows, 1]).to(x.device)
+            if isinstance(operate, Geometry):
+                moved.append((part, rows))
+                coefficients.append(operate.coefficients(part, v))
+            elif len(rows):
+                done.append((operate(part, v), rows))
+        parts, rows = zip(*done, *moved, strict=True)
+        still = sum(map(len, rows[: len(done)]))
+        x, order = torch.cat(parts), torch.cat(rows)
+        x[still:] = affine(x[still:], torch.cat(coefficients))
+    return x.index_select(0, order.argsort().to(x.device))
 
 
 CUTOUT_FILL = (125, 123, 114)  # ZM; its luminance is 123
@@ -1165,7 +1193,8 @@ def cutout(x: Tensor, u: Tensor) -> Tensor:
     j = (torch.arange(width, device=x.device) + 0.5 - u[:, 2:3] * width).abs() < half
     fill = torch.tensor(CUTOUT_FILL, dtype=torch.uint8, device=x.device).view(1, 3, 1, 1)
     fill = fill if x.shape[1] == 3 else luminance(fill)  # C4
-    return torch.where((i[:, :, None] & j[:, None, :])[:, None], fill, x)
+    inside = (i[:, :, None] & j[:, None, :])[:, None]
+    return x * ~inside + fill * inside  # not torch.where, which is slow for bytes
 
 
 WEAK_DRAWS, STRONG_DRAWS = 3, 3 + 2 * 3 + 3  # numbers u an image
@@ -1184,7 +1213,7 @@ def strong_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tens
     if pad:
         x = crop_and_flip(x, u_crop.to(x.device), size, pad, flip)
     else:
-        x = random_resized_crop(x, u_crop.to(x.device), u_area.to(x.device), size, flip)
+        x = random_resized_crop(x, u_crop, u_area, size, flip)
     x = rand_augment(x, u_operations.unflatten(1, (3, 2)))
     return cutout(x, u_cutout.to(x.device))
 
@@ -1207,11 +1236,11 @@ class Views:
     def pixels(self, idx: Tensor) -> Tensor:
         """uint8 [n, C, H, W] on the device."""
         if isinstance(self.x, Tensor):
-            return self.x[idx.to(self.device)]
+            return self.x.index_select(0, idx.to(self.device))
         return torch.from_numpy(self.x[idx.numpy()]).to(self.device, non_blocking=True)
 
     def normalize(self, x: Tensor) -> Tensor:
-        return ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return x.float().sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
 
     def weak(self, idx: Tensor) -> Tensor:
         u = uniform(len(idx), WEAK_DRAWS)

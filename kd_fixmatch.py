@@ -225,6 +225,13 @@ def loss_robust(name: str, logits_ulb_s: Tensor, target: Tensor, counts: Tensor,
 # ---------------------------------------------------------------------------- training
 
 
+def forward(net: nn.Module, x: Tensor, run: Run) -> Tensor:
+    """Logits [n, K] of a batch in float32, which thresholds and losses need."""
+    with run.autocast():
+        logits, _, _ = net(x)
+    return logits.float()
+
+
 def train(
     stage: int, student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views | TextViews,
     test: Views | TextViews, args: Args, run: Run, y_outer: Tensor | None = None,
@@ -254,12 +261,14 @@ def train(
         idx_ulb = batch_at(len(train), B_u, args.seed, step)
         x_lb, x_ulb_w, x_ulb_s = train.weak(idx_lb), train.weak(idx_ulb), train.strong(idx_ulb)
 
-        # One pass over all three: batch statistics are those of the joint batch.
         student.train()
-        with run.autocast():
-            logits, _, _ = net(join([x_lb, x_ulb_w, x_ulb_s]))
-        logits = logits.float()  # thresholds and losses in float32
-        logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
+        if student.encoder.batch_statistics:  # one pass: batch statistics are those of the joint batch
+            logits = forward(net, join([x_lb, x_ulb_w, x_ulb_s]), run)
+            logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
+        else:  # no row depends on another and nothing learns from the weak view: no gradient there
+            with torch.no_grad():
+                logits_ulb_w = forward(net, x_ulb_w, run)
+            logits_lb, logits_ulb_s = forward(net, join([x_lb, x_ulb_s]), run).split([B, B_u])
 
         pseudo_label, mask = hard_labels(logits_ulb_w.detach().softmax(dim=1), tau)
         target, counts = heuristic_1(pseudo_label, mask, y_outer[idx_ulb])  # A1; stage 1: (pseudo_label, mask)
