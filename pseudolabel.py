@@ -174,7 +174,7 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             rows.append(None)
         if not isinstance(rows[-1], dict):
             raise UserError(f"{path}: line {number} is not a JSON object; the file is damaged or no label file")
@@ -187,16 +187,19 @@ def collect(path: Path, rows: list[dict[str, Any]], n: int, k: int) -> tuple[np.
     """(labels [n], -1: abstention, -2: no row; probs [n, k], NaN: none). Raises UserError for an impossible row."""
     labels, probs = np.full(n, -2), np.full((n, k), np.nan, np.float32)
     for number, row in enumerate(rows, 2):
+        used = row.get("usage", [0, 0])
+        if not isinstance(used, list) or len(used) != 2 or not all(type(count) is int and count >= 0 for count in used):
+            raise UserError(f"{path}: line {number} has usage {used!r}, expected tokens [in, out]; damaged")
         if row.keys() == {"usage"}:  # tokens billed for no answer
             continue
-        i, label, p = row.get("index"), row.get("label", -2), row.get("probs", [np.nan] * k)
+        i, label, p = row.get("index"), row.get("label", -2), row.get("probs", [0] * k)
         if type(i) is not int or not 0 <= i < n or labels[i] != -2:
             raise UserError(f"{path}: line {number} has index {i!r}, expected each of 0 to {n - 1} once; damaged")
         if label is not None and (type(label) is not int or not 0 <= label < k):
             raise UserError(f"{path}: line {number} has label {label!r}, expected 0 to {k - 1} or null; damaged")
-        if not isinstance(p, list) or len(p) != k or not all(isinstance(value, (int, float)) for value in p):
+        if not isinstance(p, list) or len(p) != k or not all(type(v) in (int, float) and 0 <= v <= 1 for v in p):
             raise UserError(f"{path}: line {number} has no list of {k} probabilities under probs; damaged")
-        labels[i], probs[i] = -1 if label is None else label, p
+        labels[i], probs[i] = -1 if label is None else label, p if "probs" in row else np.nan
     return labels, probs
 
 
@@ -847,6 +850,7 @@ def label_from_file(data: Data, todo: list[int], args: Args, prompt: None) -> Ro
         raise UserError(f"--input {path}: its true labels are not {data.name}'s {args.split} part's in their order")
     # Columns in another order of classes, as in one of the published files, are of no use.
     keep = probs.shape == (len(part), len(classes)) and (probs.argmax(axis=1) == np.array(labels, float)).all()
+    keep = keep and ((probs >= 0) & (probs <= 1)).all()  # not logits, not NaN
     for i in todo:
         row = {"index": i, "label": labels[i]} | ({"probs": probs[i].astype(float).round(5).tolist()} if keep else {})
         yield row | ({"raw": values[i]} if isinstance(values[i], str) else {})
@@ -871,8 +875,10 @@ def check(args: Args, data: Data) -> None:
     if needed and getattr(args, needed) is None:
         raise UserError(f"--teacher {args.teacher} needs --{needed}")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and value <= 0 and not name.startswith("price"):
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name.startswith("price")):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+    if args.logprobs and args.json_schema:
+        raise UserError("--logprobs --json-schema: one asks for a letter, the other for JSON; leave one out")
     if args.logprobs and len(data.classes) > 20:
         raise UserError(f"--logprobs: {len(data.classes)} classes, at most 20 can be asked for; leave it out")
     if args.max_cost is not None and not args.price_in + args.price_out > 0:
@@ -893,6 +899,7 @@ def label(data: Data, args: Args) -> dict[str, Any]:
     shaping = {name: getattr(args, name) for name in settings}
     header = header_of(data, args.split, args.teacher, model, prompt, **shaping)
     file, rows = open_labels(path, header)
+    collect(path, rows, len(part), len(data.classes))  # refuses a damaged file before anything is added to it
     done = {row.get("index") for row in rows}
     todo = [i for i in range(len(part)) if i not in done]
     if args.dry_run:
@@ -951,7 +958,7 @@ def complete(path: Path) -> bool:
     if not path.is_file():
         return False
     header, rows, _ = read_rows(path)
-    return sum("index" in row for row in rows) == header["num_examples"]
+    return sum("index" in row for row in rows) == header.get("num_examples")
 
 
 def default_labels(data: Data, data_dir: str) -> tuple[Path, Path | None]:
