@@ -241,6 +241,7 @@ def open_labels(path: Path, header: dict[str, Any]) -> tuple[Any, list[dict[str,
     for key, value in header.items():
         if rows and old.get(key) != value:
             raise UserError(f"{path}: made with another {key}, {old.get(key)!r}; give another --output or delete it")
+    collect(path, rows, header["num_examples"], len(header["classes"]))  # a damaged file stays as it is
     os.truncate(path, length if rows else 0)
     if not rows:
         append(file, header)
@@ -899,7 +900,6 @@ def label(data: Data, args: Args) -> dict[str, Any]:
     shaping = {name: getattr(args, name) for name in settings}
     header = header_of(data, args.split, args.teacher, model, prompt, **shaping)
     file, rows = open_labels(path, header)
-    collect(path, rows, len(part), len(data.classes))  # refuses a damaged file before anything is added to it
     done = {row.get("index") for row in rows}
     todo = [i for i in range(len(part)) if i not in done]
     if args.dry_run:
