@@ -47,6 +47,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -1146,7 +1147,9 @@ def reach_hub() -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error's text, or its kind."""
+    """The first line of an error's text, or its kind; without torch's advice to execute what a file brings."""
+    if "weights_only" in str(error):
+        return "it is damaged or holds more than tensors and plain Python; nothing in it was executed"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -1984,6 +1987,7 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
 
     With --resume, what the run was started with is the default and may not be changed. Exit
     codes: 0 done, 2 the user can mend it (one line on standard error), 130 stopped by a signal."""
+    warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a file that is read safely or refused
     try:
         args = parse(args_type)
         if getattr(args, "resume", None):

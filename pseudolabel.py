@@ -68,7 +68,7 @@ from tqdm import tqdm
 
 from common import (
     Data, SmallCNN, Split, Student, TextSplit, UserError, cli, load_data, load_pretrained, load_student, make_views,
-    predict, preset_of, seed_step, setup_device, write_atomically,
+    predict, preset_of, reason_of, seed_step, setup_device, write_atomically,
 )  # fmt: skip
 
 Rows = Iterator[dict[str, Any]]
@@ -844,7 +844,7 @@ def label_from_file(data: Data, todo: list[int], args: Args, prompt: None) -> Ro
         truth = [label_of(value, classes) for value in found.get("gt_labels", found.get("decoded_labels", ()))]
         probs = np.asarray(found.get("probs", values if np.ndim(values) == 2 else ()))
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"--input {path}: could not be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--input {path}: could not be read: {reason_of(error)[:200]}") from None
     if len(labels) != len(part):
         raise UserError(f"--input {path}: {len(labels)} labels, but {data.name}'s {args.split} part has {len(part)}")
     if any(t is not None and y not in (-1, t) for t, y in zip(truth, part.y, strict=False)):
