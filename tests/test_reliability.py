@@ -223,7 +223,8 @@ def test_after_a_signal_not_one_step_is_lost(start, straight, digits_labels, tmp
         code, said = ended(process, place)
         assert code == 130 and len(said) == 1 and "--resume" in said[0]
         assert saved_steps(script, place) == progress(script, place)[1] >= moment
-        assert checkpoint(the_run(place))["stage"] == stage  # clustering has no save of its own before its end
+        if stage == 2:  # clustering has no save of its own before its end
+            assert saved_steps(script, place) < steps_done(script, 3, 0)
     assert ended(start(script, command(script, place), place), place) == (0, [])
     assert differences(straight(script), the_run(place)) == []
 
