@@ -28,6 +28,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import difflib
 import gzip
 import hashlib
 import io
@@ -46,7 +47,8 @@ import tempfile
 import threading
 import time
 import urllib.request
-from contextlib import nullcontext
+import warnings
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from http.client import HTTPException
@@ -318,13 +320,13 @@ def check_arguments(given: dict[str, Any]) -> None:
         "warmup_steps": (0, math.inf), "log_every": (1, math.inf), "eval_every": (1, math.inf), "lr": (0, math.inf),
         "weight_decay": (0, math.inf), "layer_decay": (1e-6, 1), "ema_decay": (0, 0.999999), "marginal_decay": (0, 1),
         "tau": (0, 1), "tau_select": (0, 1), "tau_inner": (0, 1), "lambda_u": (0, math.inf), "lambda_p": (0, math.inf),
-        "sce_alpha": (0, math.inf), "sce_beta": (0, math.inf),
+        "sce_alpha": (0, math.inf), "sce_beta": (0, math.inf), "seed": (0, 2**32 - 1),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
-        if name in given and not low <= given[name] <= high:
-            raise UserError(
-                f"--{name.replace('_', '-')} {given[name]}: expected a number from {low} to {high}"
-            )
+        value = given.get(name, low)
+        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+            wanted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number {wanted}")
     if given["batch_size"] % PROCESSES:
         raise UserError(f"--batch-size {given['batch_size']}: expected a multiple of {PROCESSES}, the processes")
 
@@ -635,13 +637,13 @@ def read_texts(path: Path, classes: list[str] | None = None) -> tuple[TextSplit,
                 if not isinstance(row, dict) or not {"text", "ori"} & set(row) or None in row:
                     raise ValueError("expected fields text and label, in CSV with quotes around a text that has commas")
                 rows.append({key: clean(value) for key, value in row.items()})
-    except (OSError, ValueError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, AttributeError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}: could not be read at row {len(rows) + 1}: {error}") from None
     kept = [row for row in rows if row.get("text") or row.get("ori")]
     if len(kept) < len(rows):
         print(f"{path}: {len(rows) - len(kept)} rows without text are left out")
     texts, labels = [row.get("text") or row["ori"] for row in kept], [row.get("label", "") for row in kept]
-    names = sorted(set(labels) - {""}, key=lambda c: (0, int(c), c) if c.isdecimal() else (1, 0, c))
+    names = sorted(set(labels) - {""}, key=lambda c: (0, float(c), c) if c.isdecimal() else (1, 0, c))
     if classes is not None and (not kept or set(labels) - set(classes)):
         raise UserError(f"{path}: has labels {sorted(set(labels))}, expected only those of the classes: {classes}")
     number = {name: label for label, name in enumerate(classes or names)} | {"": -1}
@@ -1260,13 +1262,30 @@ class Views:
 # A batch of texts is token numbers [n, L] int64, -1 behind a row's end. Views work as those of images.
 
 
-def quiet_hub() -> None:
-    """No line for each of the hub's retries: what fails in the end is said in one line of our own. Nor bars
-    over weights that are here already."""
+@lru_cache(maxsize=1)
+def reach_hub() -> None:
+    """Ask the hub once, and where it does not answer take this machine's copies only; no bars over loading.
+
+    Otherwise its own retries take half a minute for every file, a line each, before they give up."""
     import transformers
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of its HTTP library, which differs between versions
+        print(f"{constants.ENDPOINT} is out of reach ({reason_of(error)}): only files that are here are used")
+        constants.HF_HUB_OFFLINE = True
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error's text, or its kind; without torch's advice to execute what a file brings."""
+    if "weights_only" in str(error):
+        return "it is damaged or holds more than tensors and plain Python; nothing in it was executed"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_pretrained(kind: str, backbone: str, **options: Any) -> Any:
@@ -1274,12 +1293,13 @@ def load_pretrained(kind: str, backbone: str, **options: Any) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()  # weights of a pre-training head that is not used here
-    quiet_hub()
-    try:
-        return getattr(transformers, kind).from_pretrained(backbone, **options)
-    except (OSError, ValueError, ImportError) as error:
+    if not Path(backbone).is_dir():
+        reach_hub()
+    try:  # False: by default it asks whether to execute what a stranger's folder brings
+        return getattr(transformers, kind).from_pretrained(backbone, trust_remote_code=False, **options)
+    except Exception as error:  # damaged files raise errors of many kinds
         raise UserError(
-            f"{backbone}: {kind} of transformers could not load it ({str(error).splitlines()[0]}); expected "
+            f"{backbone}: {kind} of transformers could not load it ({reason_of(error)}); expected "
             "an id on the hub or a folder with config.json, tokenizer and weights (none needed with --weights none)"
         ) from None
 
@@ -1535,8 +1555,9 @@ class PretrainedEncoder(nn.Module):
         else:
             from transformers import AutoConfig, AutoModel
 
-            quiet_hub()
-            self.model = AutoModel.from_config(AutoConfig.from_pretrained(backbone))
+            if not Path(backbone).is_dir():
+                reach_hub()
+            self.model = AutoModel.from_config(AutoConfig.from_pretrained(backbone, trust_remote_code=False))
             self.model = getattr(self.model, "vision_model", self.model).float()
         self.has_class_token = any("cls_token" in n or "class_emb" in n for n, _ in self.named_parameters())
         self.batch_statistics = any(isinstance(m, nn.BatchNorm2d) for m in self.modules())
@@ -1589,10 +1610,10 @@ def build_student(backbone: str, channels: int, size: int, num_classes: int, num
         return Student(PretrainedEncoder(backbone, size), num_classes, num_extra)
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # a folder of any content
         raise UserError(
             f"--backbone {backbone}: expected cnn, wrn_28_2, efficientnet_b0, {', '.join(VITS)} or a model of "
-            f"transformers for images of {size} pixels ({str(error).splitlines()[0]})"
+            f"transformers for images of {size} pixels ({reason_of(error)})"
         ) from None
 
 
@@ -1655,7 +1676,7 @@ def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None
         if weights is None and not known:
             from transformers import AutoModel
 
-            model = AutoModel.from_pretrained(backbone, dtype=torch.float32)
+            model = AutoModel.from_pretrained(backbone, dtype=torch.float32, trust_remote_code=False)
             state = getattr(model, "vision_model", model).state_dict()
         elif source.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -1664,11 +1685,12 @@ def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
             state = state.get("model", state)
+        if not all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in state.items()):
+            raise ValueError("expected tensors by their names")
     except UserError as error:
         raise UserError(f"{error}, or start from scratch with --weights none") from None
     except Exception as error:  # a file of any content: unpickling raises errors of many kinds
-        reason = str(error).split("\n")[0]
-        raise UserError(f"--weights: {source} cannot be read as weights of {backbone} ({reason})") from None
+        raise UserError(f"--weights: {source} cannot be read as weights of {backbone} ({reason_of(error)})") from None
     state = {name.removeprefix("module."): weight for name, weight in state.items()}
     heads = ("fc", "classifier", "mlp", "head")  # ZM semilearn/nets/utils.py
     state = {name: weight for name, weight in state.items() if not name.startswith(heads)}
@@ -1809,7 +1831,7 @@ class Run:
         self.history: list[list[float]] = []  # [stage, steps done, test accuracy] of every evaluation
         self.state: dict[str, Any] = {"stage": 0, "step": 0, "seconds": 0.0}
         if (self.folder / "checkpoint.pt").exists():
-            self.state = torch.load(self.folder / "checkpoint.pt", map_location=device, weights_only=True)
+            self.state = read_checkpoint(self.folder / "checkpoint.pt", device)
             self.history, self.pending = self.state["history"], self.state["pending"]
         if not resume:
             self.write_json("args.json", args)
@@ -1825,8 +1847,12 @@ class Run:
     def _drop_metrics_after(self, stage: int, step: int) -> None:
         """Forget what was logged beyond the checkpoint (it will come again) and a torn last line."""
         path = self.folder / "metrics.jsonl"
-        rows = [json.loads(row) for row in path.read_text().split("\n")[:-1]] if path.exists() else []
-        rows = [row for row in rows if (row["stage"], row["step"]) <= (stage, step)]
+        rows = []
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
+            try:
+                rows += [row for row in [json.loads(line)] if (row["stage"], row["step"]) <= (stage, step)]
+            except (ValueError, LookupError, TypeError):
+                continue  # torn by the end of the process, or zeros after a power cut
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _note_signal(self, number: int, frame: Any) -> None:
@@ -1875,8 +1901,12 @@ class Run:
         self.mark = time.perf_counter()
         if self.state["stage"] != stage:
             return 0, {}
-        for name, part in parts.items():
-            part.load_state_dict(self.state[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(self.state[name])
+        except Exception as error:  # a file of any content
+            path = self.folder / "checkpoint.pt"
+            raise UserError(f"{path} is not of this run ({reason_of(error)}); start a new run") from None
         print(f"going on in stage {stage} after step {self.state['step']}")
         return self.state["step"], self.state
 
@@ -2016,7 +2046,7 @@ class Run:
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
         self.saved = self.mark = time.perf_counter()
         if agreed(bool(self.signal)):
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.folder)
 
     def result(self, stage: int) -> dict[str, float | None]:
         """The reported figures of a stage, percent: last evaluation and median of the last 20, never the best.
@@ -2034,6 +2064,17 @@ def tensorboard_writer(folder: Path) -> Any:
     except ImportError:
         raise UserError("--tensorboard needs a package that is optional here: pip install tensorboard") from None
     return SummaryWriter(str(folder))
+
+
+def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """The state that `Run.save` wrote; nothing in the file is executed. Raises UserError for any other file."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if missing := {"stage", "step", "seconds", "history", "pending"} - set(state):
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        return state
+    except Exception as error:  # a file of any content: unpickling raises errors of many kinds
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason_of(error)}); start a new run") from None
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -2099,7 +2140,9 @@ def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> No
         return
     folder.mkdir(exist_ok=True)
     if config["backbone"] not in VITS and hasattr(getattr(student.encoder, "model", None), "config"):
-        quiet_hub()
+        import transformers
+
+        transformers.logging.disable_progress_bar()
         student.encoder.model.save_pretrained(folder / "encoder")
     if isinstance(student.encoder, TextEncoder):
         load_pretrained("AutoTokenizer", config["backbone"]).save_pretrained(folder / "encoder")
@@ -2109,17 +2152,72 @@ def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> No
 
 
 def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
-    """(student in eval mode, config) of a folder written by `save_student`."""
+    """(student in eval mode, config) of a folder written by `save_student`. Raises UserError for any other."""
     from safetensors.torch import load_file
 
-    config = json.loads((Path(folder) / "config.json").read_text())
-    encoder = Path(folder) / "encoder"
-    if encoder.exists():
-        config["backbone"] = str(encoder)
-    channels, num_classes = len(config["mean"]), len(config["classes"])
-    student = build_student(config["backbone"], channels, config["size"], num_classes, config["num_extra"])
-    student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        encoder = Path(folder) / "encoder"
+        if encoder.exists():
+            config["backbone"] = str(encoder)
+        channels, num_classes = len(config["mean"]), len(config["classes"])
+        student = build_student(config["backbone"], channels, config["size"], num_classes, config["num_extra"])
+        student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    except Exception as error:  # files of any content
+        raise UserError(f"{folder} cannot be read as a student ({reason_of(error)}); expected RUN/student") from None
     return student.eval(), config
+
+
+def expected_of(hint: str) -> str:
+    """What a field's annotation asks for, in words: 'float | None' -> 'a number'."""
+    if choices := re.search(r"Literal\[(.*?)\]", hint):
+        return "one of " + choices[1].replace('"', "")
+    kinds = {"int": "a whole number", "float": "a number", "bool": "no value after it, the flag alone"}
+    return kinds.get(hint.split(" ")[0], "a value")
+
+
+def parse(args_type: type, **options: Any) -> Any:
+    """tyro.cli, with one line of our own (UserError) in place of its box for what it refuses."""
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(args_type, description=sys.modules["__main__"].__doc__, **options)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+    # Of tyro's words, which differ between its versions, only the first flag is used.
+    words = " ".join(re.sub(r"[\u2500-\u257f|+]", " ", box.getvalue()).split())
+    hints = {"--" + field.name.replace("_", "-"): str(field.type) for field in dataclasses.fields(args_type)}
+    flag, _, given = next(iter(re.findall(r"--[a-z][\w-]*", words.split("For full")[0])), "").partition("=")
+    at = [i for i, word in enumerate(sys.argv) if word.partition("=")[0].replace("_", "-") == flag]
+    unrecognized = words.lower().startswith("unrecognized")
+    name = Path(sys.argv[0]).name
+    if flag in hints and at and not unrecognized:
+        given = sys.argv[at[-1]].partition("=")[2] or " ".join(sys.argv[at[-1] + 1 :][:1])
+        given = "" if given.startswith("--") else given
+        raise UserError(f"{flag} {given or 'without a value'}: expected {expected_of(hints[flag])}; see {name} --help")
+    if unrecognized:
+        first = words.partition(":")[2].split("Perhaps")[0].replace(",", " ").split()
+        near = difflib.get_close_matches(flag, hints, 1, 0.7) if first[:1] == [flag] else []
+        hint = f"; perhaps {near[0]}" if near else ""
+        raise UserError(f"{' '.join(first[:1])}: there is no such option{hint}; see {name} --help")
+    raise UserError(f"{words.split('For full')[0].strip()}; see {name} --help")
+
+
+def saved_arguments(args_type: type, folder: str) -> Any:
+    """What the run in `folder` was started with. Raises UserError where that is no run of this script."""
+    path = Path(folder) / "args.json"
+    if not path.is_file():
+        raise UserError(f"--resume {folder}: there is no args.json; expected the folder of a run, e.g. runs/NAME")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return args_type(**saved | {"resume": folder})
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"--resume {folder}: args.json is damaged or of another script; expected a run of {Path(sys.argv[0]).name}"
+        ) from None
 
 
 def cli(args_type: type, main: Callable[[Any], Any]) -> None:
@@ -2127,19 +2225,12 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
 
     With --resume, what the run was started with is the default and may not be changed. Exit
     codes: 0 done, 2 the user can mend it (one line on standard error), 130 stopped by a signal."""
-    import tyro
-
-    about = sys.modules["__main__"].__doc__
+    warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a file that is read safely or refused
     try:
-        args = tyro.cli(args_type, description=about)
+        args = parse(args_type)
         if getattr(args, "resume", None):
-            path = Path(args.resume) / "args.json"
-            if not path.exists():
-                raise UserError(
-                    f"--resume {args.resume}: there is no args.json; expected the folder of a run, e.g. runs/NAME"
-                )
-            saved = args_type(**json.loads(path.read_text()) | {"resume": args.resume})
-            args = tyro.cli(args_type, default=saved, description=about)
+            saved = saved_arguments(args_type, args.resume)
+            args = parse(args_type, default=saved)
             for field in dataclasses.fields(args_type):
                 was, now = getattr(saved, field.name), getattr(args, field.name)
                 if was != now and field.name not in ("data_dir", "runs_dir", "device"):
@@ -2151,14 +2242,22 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
             torch.distributed.init_process_group()  # gloo for CPU tensors, nccl for CUDA
         if RANK:
             sys.stdout = open(os.devnull, "w")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # also labeling says how to go on
         main(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        said = str(error)
+        if not isinstance(error, UserError):  # a folder that may not be written, a full disk: not a fault of the code
+            if error.strerror is None:
+                raise
+            said = f"{error.filename or 'a file'}: {error.strerror}; mend that, then go on (--resume FOLDER, or again)"
         if not RANK:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(said.split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        folder = stop.args[0] if stop.args else "FOLDER"
         if not RANK:
-            said = "stopped; training goes on with --resume FOLDER, labeling with the same command again"
+            said = f"stopped; training goes on with --resume {folder}, labeling with the same command again"
             print(said, file=sys.stderr)
         sys.exit(130)
     finally:

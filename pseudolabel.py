@@ -68,8 +68,8 @@ from tqdm import tqdm
 
 from common import (
     PRESETS, Data, SmallCNN, Split, Student, TextSplit, UserError, class_counts, cli, decode, files_below,
-    first_process_first, load_data, load_pretrained, load_student, luminance, make_views, predict, preset_of, seed_step,
-    setup_device, share_right, wilson_interval, write_atomically,
+    first_process_first, load_data, load_pretrained, load_student, luminance, make_views, predict, preset_of, reason_of,
+    seed_step, setup_device, share_right, wilson_interval, write_atomically,
 )  # fmt: skip
 
 Rows = Iterator[dict[str, Any]]
@@ -177,7 +177,7 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             rows.append(None)
         if not isinstance(rows[-1], dict):
             raise UserError(f"{path}: line {number} is not a JSON object; the file is damaged or no label file")
@@ -190,16 +190,19 @@ def collect(path: Path, rows: list[dict[str, Any]], n: int, k: int) -> tuple[np.
     """(labels [n], -1: abstention, -2: no row; probs [n, k], NaN: none). Raises UserError for an impossible row."""
     labels, probs = np.full(n, -2), np.full((n, k), np.nan, np.float32)
     for number, row in enumerate(rows, 2):
+        used = row.get("usage", [0, 0])
+        if not isinstance(used, list) or len(used) != 2 or not all(type(count) is int and count >= 0 for count in used):
+            raise UserError(f"{path}: line {number} has usage {used!r}, expected tokens [in, out]; damaged")
         if row.keys() == {"usage"}:  # tokens billed for no answer
             continue
-        i, label, p = row.get("index"), row.get("label", -2), row.get("probs", [np.nan] * k)
+        i, label, p = row.get("index"), row.get("label", -2), row.get("probs", [0] * k)
         if type(i) is not int or not 0 <= i < n or labels[i] != -2:
             raise UserError(f"{path}: line {number} has index {i!r}, expected each of 0 to {n - 1} once; damaged")
         if label is not None and (type(label) is not int or not 0 <= label < k):
             raise UserError(f"{path}: line {number} has label {label!r}, expected 0 to {k - 1} or null; damaged")
-        if not isinstance(p, list) or len(p) != k or not all(isinstance(value, (int, float)) for value in p):
+        if not isinstance(p, list) or len(p) != k or not all(type(v) in (int, float) and 0 <= v <= 1 for v in p):
             raise UserError(f"{path}: line {number} has no list of {k} probabilities under probs; damaged")
-        labels[i], probs[i] = -1 if label is None else label, p
+        labels[i], probs[i] = -1 if label is None else label, p if "probs" in row else np.nan
     return labels, probs
 
 
@@ -241,6 +244,7 @@ def open_labels(path: Path, header: dict[str, Any]) -> tuple[Any, list[dict[str,
     for key, value in header.items():
         if rows and old.get(key) != value:
             raise UserError(f"{path}: made with another {key}, {old.get(key)!r}; give another --output or delete it")
+    collect(path, rows, header["num_examples"], len(header["classes"]))  # a damaged file stays as it is
     os.truncate(path, length if rows else 0)
     if not rows:
         append(file, header)
@@ -843,13 +847,14 @@ def label_from_file(data: Data, todo: list[int], args: Args, prompt: None) -> Ro
         truth = [label_of(value, classes) for value in found.get("gt_labels", found.get("decoded_labels", ()))]
         probs = np.asarray(found.get("probs", values if np.ndim(values) == 2 else ()))
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"--input {path}: could not be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--input {path}: could not be read: {reason_of(error)[:200]}") from None
     if len(labels) != len(part):
         raise UserError(f"--input {path}: {len(labels)} labels, but {data.name}'s {args.split} part has {len(part)}")
     if any(t is not None and y not in (-1, t) for t, y in zip(truth, part.y, strict=False)):
         raise UserError(f"--input {path}: its true labels are not {data.name}'s {args.split} part's in their order")
     # Columns in another order of classes, as in one of the published files, are of no use.
     keep = probs.shape == (len(part), len(classes)) and (probs.argmax(axis=1) == np.array(labels, float)).all()
+    keep = keep and ((probs >= 0) & (probs <= 1)).all()  # not logits, not NaN
     for i in todo:
         row = {"index": i, "label": labels[i]} | ({"probs": probs[i].astype(float).round(5).tolist()} if keep else {})
         yield row | ({"raw": values[i]} if isinstance(values[i], str) else {})
@@ -874,8 +879,10 @@ def check(args: Args, data: Data) -> None:
     if needed and getattr(args, needed) is None:
         raise UserError(f"--teacher {args.teacher} needs --{needed}")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and value <= 0 and not name.startswith("price"):
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name.startswith("price")):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+    if args.logprobs and args.json_schema:
+        raise UserError("--logprobs --json-schema: one asks for a letter, the other for JSON; leave one out")
     if args.logprobs and len(data.classes) > 20:
         raise UserError(f"--logprobs: {len(data.classes)} classes, at most 20 can be asked for; leave it out")
     if args.max_cost is not None and not args.price_in + args.price_out > 0:
@@ -950,7 +957,7 @@ def complete(path: Path) -> bool:
     if not path.is_file():
         return False
     header, rows, _ = read_rows(path)
-    return sum("index" in row for row in rows) == header["num_examples"]
+    return sum("index" in row for row in rows) == header.get("num_examples")
 
 
 @first_process_first

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    MEASURED, PROCESSES, Run, TextViews, Views, accuracy, average, averaged_copy, batch_at, build_optimizer,
+    MEASURED, PROCESSES, Run, TextViews, UserError, Views, accuracy, average, averaged_copy, batch_at, build_optimizer,
     build_student, check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights,
     make_views, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device,
     student_config,
@@ -325,6 +325,8 @@ def main(args: Args) -> dict[str, Any]:
     data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
     labels_train, labels_test = args.pseudolabels, args.pseudolabels_test
+    if labels_train is None and labels_test is not None:
+        raise UserError("--pseudolabels-test needs --pseudolabels")
     if labels_train is None:
         labels_train, labels_test = default_labels(data, args.data_dir)
     zero_shot, _ = read_labels(labels_train, data, "train")
