@@ -1220,6 +1220,9 @@ def strong_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tens
     return cutout(x, u_cutout.to(x.device))
 
 
+CACHE_BYTES = 3 * 2**19  # of images a CPU works on at a time
+
+
 class Views:
     """What the network sees of a split: normalized float batches, made on the device.
 
@@ -1242,15 +1245,23 @@ class Views:
         return torch.from_numpy(self.x[idx.numpy()]).to(self.device, non_blocking=True)
 
     def normalize(self, x: Tensor) -> Tensor:
-        return x.float().sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
+        return x.float().sub_(self.mean).div_(self.std)
 
     def weak(self, idx: Tensor) -> Tensor:
-        u = uniform(len(idx), WEAK_DRAWS)
-        return self.normalize(weak_augment(self.pixels(idx), u, self.size, self.pad, self.flip))
+        return self.augmented(idx, weak_augment, uniform(len(idx), WEAK_DRAWS))
 
     def strong(self, idx: Tensor) -> Tensor:
         u = uniform(len(idx), STRONG_DRAWS + (0 if self.pad else AREA_DRAWS))
-        return self.normalize(strong_augment(self.pixels(idx), u, self.size, self.pad, self.flip))
+        return self.augmented(idx, strong_augment, u)
+
+    def augmented(self, idx: Tensor, augment: Callable[..., Tensor], u: Tensor) -> Tensor:
+        """The views of u [n, draws]; on a CPU of so many images at a time as stay in its cache."""
+        at_once = max(1, CACHE_BYTES // self.x[0].nbytes) if self.device.type == "cpu" else len(idx)
+        out = torch.empty(len(idx), self.x.shape[1], self.size, self.size, device=self.device)
+        for part, u_part, idx_part in zip(out.split(at_once), u.split(at_once), idx.split(at_once), strict=True):
+            part.copy_(augment(self.pixels(idx_part), u_part, self.size, self.pad, self.flip))
+            part.sub_(self.mean).div_(self.std)
+        return out
 
     def plain(self, idx: Tensor) -> Tensor:
         x = self.pixels(idx)
@@ -1531,6 +1542,8 @@ class Student(nn.Module):
                 module.reset_parameters()
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        if self.encoder.batch_statistics:  # a network of convolutions, which are faster so
+            x = x.contiguous(memory_format=torch.channels_last)
         features = self.encoder(x)
         if extra is not None:
             features = torch.cat([features, extra.to(features)], dim=1)

@@ -5,6 +5,7 @@
         --pseudolabels data/labels/fashion_mnist-train-pixels.jsonl \
         --pseudolabels-test data/labels/fashion_mnist-test-pixels.jsonl
     python tests/benchmark.py pixel-teacher      makes these two files
+    python tests/benchmark.py speed              how fast it is (speed.py)
     python tests/benchmark.py fortunes           makes a data set of short texts (README: Texts)
 
 Budget: every row has the updates of ZeroMatch's two stages together, T = num_steps_stage1 + num_steps.
@@ -34,6 +35,7 @@ import common
 import kd_fixmatch
 import pseudolabel
 import zeromatch
+from speed import speed
 
 REFERENCE = "ZeroMatch"
 # row: script, its arguments, how it spends the budget
@@ -226,7 +228,7 @@ def compare(
     path = Path(output or f"{runs_dir}/compare-{Path(dataset).stem}-{num_labels}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text()) if path.exists() else []
-    zero_shot = zero_shot_accuracy(dataset, data_dir, pseudolabels_test, test_file)  # makes the digits' label files once
+    zero_shot = zero_shot_accuracy(dataset, data_dir, pseudolabels_test, test_file)  # also makes the digits' labels
     preset = common.preset_of(dataset)
     steps = common.fill_from_preset({"num_steps": num_steps, "num_steps_stage1": None}, preset)
     shared = {"dataset": dataset, "num_labels": num_labels, "data_dir": data_dir}
@@ -332,4 +334,5 @@ def fortunes(data_dir: str = "data") -> None:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"compare": compare, "pixel-teacher": pixel_teacher, "fortunes": fortunes})
+    commands = {"compare": compare, "pixel-teacher": pixel_teacher, "fortunes": fortunes, "speed": speed}
+    tyro.extras.subcommand_cli_from_dict(commands)
