@@ -35,6 +35,7 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import platform
 import re
@@ -1242,7 +1243,10 @@ class Views:
         """uint8 [n, C, H, W] on the device."""
         if isinstance(self.x, Tensor):
             return self.x.index_select(0, idx.to(self.device))
-        return torch.from_numpy(self.x[idx.numpy()]).to(self.device, non_blocking=True)
+        x = torch.from_numpy(self.x[idx.numpy()])
+        if hasattr(mmap, "MADV_DONTNEED") and hasattr(self.x, "_mmap"):  # not on Windows
+            self.x._mmap.madvise(mmap.MADV_DONTNEED)  # what was read would stay in this process's memory
+        return x.to(self.device, non_blocking=True)
 
     def normalize(self, x: Tensor) -> Tensor:
         return x.float().sub_(self.mean).div_(self.std)
