@@ -1526,6 +1526,8 @@ class TextEncoder(nn.Module):
 class Student(nn.Module):
     """Encoder + main head + (after `add_kd_head`) auxiliary distillation head.
 
+    encoder: any module [n, ...] -> [n, D] with the attributes num_features (D) and batch_statistics
+    (whether rows of a batch influence one another).
     forward: batch, extra inputs of the heads [n, num_extra] or None
     -> (logits [n, K], logits_kd [n, K] or None, features [n, D])."""
 

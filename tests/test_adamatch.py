@@ -61,7 +61,7 @@ def test_a_forgotten_pass_keeps_statistics_and_gradients():
 
 def test_without_batch_statistics_interpolation_would_change_nothing():
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
-    encoder.num_features = 5
+    encoder.num_features, encoder.batch_statistics = 5, False
     student = common.Student(encoder, 3)
     x = torch.randn(4, 1, 8, 8)
     alone = adamatch.forward(student, x, None, torch.arange(4), FakeRun)
