@@ -183,7 +183,9 @@ def seed_step(seed: int, stage: int | str, step: int) -> None:
     Seeds torch's global generators (all devices), which views, dropout and stochastic depth draw
     from: that is why a resumed run needs no generator state to go on bit for bit."""
     digest = hashlib.blake2b(f"{seed}/{stage}/{step}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    # where there is no accelerator torch.manual_seed would note where it was called from, for later
+    manual_seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @lru_cache(maxsize=8)
@@ -288,7 +290,8 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
     """(device, autocast dtype or None) for --device auto|cpu|cuda|mps and --amp auto|bf16|fp16|off.
 
     auto takes the best device there is, and bfloat16 where it is native and pays: on CUDA from
-    Ampere on, and for transformers on a CPU with AVX512-BF16 (small convolutions gain nothing)."""
+    Ampere on; on a CPU with AVX512-BF16 but for EfficientNet, which is slower so, and the small CNN, whose
+    results should not depend on the machine."""
     if device == "auto":
         device = (
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -305,8 +308,7 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
     if amp == "fp16" and device == "cpu":
         raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     if amp == "auto":
-        convolutional = backbone in ("cnn", "wrn_28_2", "efficientnet_b0")
-        cpu_bf16 = not convolutional and torch.cpu._is_avx512_bf16_supported()
+        cpu_bf16 = backbone not in ("cnn", "efficientnet_b0") and torch.cpu._is_avx512_bf16_supported()
         cuda_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         amp = "bf16" if cuda_bf16 or (device == "cpu" and cpu_bf16) else "off"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
@@ -1066,6 +1068,8 @@ def auto_contrast(x: Tensor) -> Tensor:
 
 def equalize(x: Tensor) -> Tensor:
     """Level every channel's histogram by Pillow's integer rule; a channel of one value stays."""
+    if x.shape[2] * x.shape[3] < 256:  # the integer step below is 0 then, which is no change
+        return x
     flat = x.flatten(0, 1).flatten(1).long()  # [n * C, H * W]
     count = torch.zeros(len(flat), 256, device=x.device).scatter_add_(1, flat, flat.new_ones(1).float().expand_as(flat))
     step = ((flat.shape[1] - count.gather(1, flat.amax(dim=1, keepdim=True))) / 255).int()
@@ -1106,80 +1110,103 @@ def affine(x: Tensor, coefficients: Tensor) -> Tensor:
 
     Coordinates are of pixel centers; coefficients [n, 6] in Pillow's order, a to f."""
     channels, height, width = x.shape[1:]
-    a, b, c, d, e, f = coefficients[:, :, None, None].unbind(dim=1)
-    i = torch.arange(height, device=x.device)[:, None] + 0.5
-    j = torch.arange(width, device=x.device) + 0.5
-    cols, rows = a * j + b * i + c, d * j + e * i + f  # [n, H, W]
-    col, row = cols.int(), rows.int()
+    i, j = torch.arange(0.5, height, device=x.device)[:, None], torch.arange(0.5, width, device=x.device)
+    of_x, of_y, shift = coefficients.view(len(x), 2, 3, 1, 1).unbind(dim=2)
+    place = of_x * j + of_y * i + shift  # [n, 2, H, W]: column and row, with fractions
+    whole = place.int()
     # The sign bit of any of the four is set outside the image: -1 there, 0 inside. Comparisons are slow on CPUs.
-    beyond = cols.view(torch.int32) | rows.view(torch.int32) | (width - 1 - col) | (height - 1 - row)
-    inside = ~(beyond >> 31)
-    at = ((row * width + col) & inside).long().flatten(1)[:, None].expand(-1, channels, -1)
+    last = torch.tensor([width - 1, height - 1], dtype=torch.int32).to(x.device)[:, None, None]
+    beyond = place.view(torch.int32) | (last - whole)
+    inside = ~((beyond[:, 0] | beyond[:, 1]) >> 31)  # [n, H, W]
+    at = ((whole[:, 1] * width + whole[:, 0]) & inside).long().flatten(1)[:, None].expand(-1, channels, -1)
     return x.flatten(2).gather(2, at).view_as(x) & inside.to(torch.uint8)[:, None]
 
 
 class Geometry:
-    """An operation of RandAugment that moves pixels: `coefficients` (height, width, v [n]) -> a to f of `affine`.
+    """An operation of RandAugment that moves pixels; all of a round are done in one go.
 
-    All of a round are done in one go."""
+    rule: (height, width, v [n]) -> {place among a to f of `affine`: value [n]} where it is not the identity's."""
 
-    def __init__(self, coefficients: Callable[[int, int, Tensor], tuple[Any, ...]]) -> None:
-        self.rule = coefficients
+    def __init__(self, rule: Callable[[int, int, Tensor], dict[int, Tensor]]) -> None:
+        self.rule = rule
 
-    def coefficients(self, x: Tensor, v: Tensor) -> Tensor:
-        """[n, 6] for images x [n, C, H, W]."""
-        return torch.stack([torch.as_tensor(k, device=v.device).expand_as(v) for k in self.rule(*x.shape[2:], v)], 1)
+    def fill(self, coefficients: Tensor, x: Tensor, v: Tensor) -> None:
+        """Write the rule's values into coefficients [n, 6], which hold the identity's."""
+        for place, value in self.rule(*x.shape[2:], v).items():
+            coefficients[:, place] = value
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
-        return affine(x, self.coefficients(x, v))
+        coefficients = torch.eye(2, 3).flatten().repeat(len(x), 1)
+        self.fill(coefficients, x, v)
+        return affine(x, coefficients)
 
 
-def rotation(height: int, width: int, v: Tensor) -> tuple[Any, ...]:
+class Enhancement:
+    """An operation of RandAugment that draws pixels away from a base image; all of a round are blended in one go."""
+
+    def __init__(self, base: Callable[[Tensor], Tensor]) -> None:
+        self.base = base  # [n, C, H, W] uint8 -> the same, or what expands to it
+
+    def __call__(self, x: Tensor, v: Tensor) -> Tensor:
+        return blend(self.base(x), x, v)
+
+
+def rotation(height: int, width: int, v: Tensor) -> dict[int, Tensor]:
     """By v degrees counter-clockwise around the middle."""
     cy, cx, cos, sin = height / 2, width / 2, (v * (math.pi / 180)).cos(), (v * (math.pi / 180)).sin()
-    return cos, -sin, cx - cos * cx + sin * cy, sin, cos, cy - sin * cx - cos * cy
+    return {0: cos, 1: -sin, 2: cx - cos * cx + sin * cy, 3: sin, 4: cos, 5: cy - sin * cx - cos * cy}
 
 
 # Lowest and highest v of the 14 operations, ZM semilearn/datasets/augmentation/randaugment.py.  # C3
 RAND_AUGMENT: dict[str, tuple[float, float, Callable[[Tensor, Tensor], Tensor]]] = {
     "AutoContrast": (0, 1, lambda x, v: auto_contrast(x)),
-    "Brightness": (0.05, 0.95, lambda x, v: to_bytes(x * v[:, None, None, None])),
-    "Color": (0.05, 0.95, lambda x, v: blend(luminance(x), x, v)),  # C4
-    "Contrast": (0.05, 0.95, lambda x, v: blend(mean_gray(x), x, v)),
+    "Brightness": (0.05, 0.95, Enhancement(lambda x: torch.zeros_like(x))),
+    "Color": (0.05, 0.95, Enhancement(luminance)),  # C4
+    "Contrast": (0.05, 0.95, Enhancement(mean_gray)),
     "Equalize": (0, 1, lambda x, v: equalize(x)),
     "Identity": (0, 1, lambda x, v: x),
     "Posterize": (4, 8, posterize),
     "Rotate": (-30, 30, Geometry(rotation)),
-    "Sharpness": (0.05, 0.95, lambda x, v: blend(smooth(x), x, v)),
-    "ShearX": (-0.3, 0.3, Geometry(lambda height, width, v: (1, v, 0, 0, 1, 0))),
-    "ShearY": (-0.3, 0.3, Geometry(lambda height, width, v: (1, 0, 0, v, 1, 0))),
+    "Sharpness": (0.05, 0.95, Enhancement(smooth)),
+    "ShearX": (-0.3, 0.3, Geometry(lambda height, width, v: {1: v})),
+    "ShearY": (-0.3, 0.3, Geometry(lambda height, width, v: {3: v})),
     "Solarize": (0, 256, solarize),
-    "TranslateX": (-0.3, 0.3, Geometry(lambda height, width, v: (1, 0, v * width, 0, 1, 0))),
-    "TranslateY": (-0.3, 0.3, Geometry(lambda height, width, v: (1, 0, 0, 0, 1, v * height))),
+    "TranslateX": (-0.3, 0.3, Geometry(lambda height, width, v: {2: v * width})),
+    "TranslateY": (-0.3, 0.3, Geometry(lambda height, width, v: {5: v * height})),
 }
+OPERATIONS = [operation for _, _, operation in RAND_AUGMENT.values()]
+LOW, HIGH = torch.tensor([[low, high] for low, high, _ in RAND_AUGMENT.values()]).unbind(dim=1)
+KINDS = (type(rotation), Enhancement, Geometry)  # the order of work in a round
+IN_ORDER = sorted(OPERATIONS, key=lambda operation: KINDS.index(type(operation)))
+PLACE = torch.tensor([IN_ORDER.index(operation) for operation in OPERATIONS])
 
 
 def rand_augment(x: Tensor, u: Tensor) -> Tensor:
     """Three operations an image, drawn with replacement, v uniform in the operation's range.
 
     u [n, 3, 2] in [0, 1) on the CPU: (operation, v) of each round. [n, C, H, W] -> the same."""
+    number = (u[..., 0] * len(OPERATIONS)).long()
+    place, v_all = PLACE[number], LOW[number] + (HIGH - LOW)[number] * u[..., 1]  # [n, 3]
     order = torch.arange(len(x))  # which image each row of x is by now
-    for round_u in u.unbind(dim=1):
-        chosen, step = (round_u[order, 0] * len(RAND_AUGMENT)).long().sort()
-        x, order = x.index_select(0, step.to(x.device)), order[step]  # rows of one operation side by side
-        sizes = chosen.bincount(minlength=len(RAND_AUGMENT)).tolist()  # on the CPU: no GPU waits for it
-        done, moved, coefficients = [], [], []
-        for part, rows, (low, high, operate) in zip(x.split(sizes), order.split(sizes), RAND_AUGMENT.values()):
-            v = (low + (high - low) * round_u[rows, 1]).to(x.device)
+    for turn in range(u.shape[1]):
+        chosen, step = place[order, turn].sort()
+        order = order[step]  # rows of one operation side by side
+        x, v = x.index_select(0, step.to(x.device)), v_all[order, turn].to(x.device)
+        sizes = chosen.bincount(minlength=len(IN_ORDER)).tolist()  # on the CPU: no GPU waits for it
+        coefficients = torch.eye(2, 3, device=x.device).flatten().repeat(len(x), 1)
+        rows = zip(IN_ORDER, x.split(sizes), v.split(sizes), coefficients.split(sizes), strict=True)
+        done, bases = [], []
+        for operate, part, v_part, k_part in rows:
             if isinstance(operate, Geometry):
-                moved.append((part, rows))
-                coefficients.append(operate.coefficients(part, v))
-            elif len(rows):
-                done.append((operate(part, v), rows))
-        parts, rows = zip(*done, *moved, strict=True)
-        still = sum(map(len, rows[: len(done)]))
-        x, order = torch.cat(parts), torch.cat(rows)
-        x[still:] = affine(x[still:], torch.cat(coefficients))
+                operate.fill(k_part, part, v_part)
+            elif isinstance(operate, Enhancement):
+                bases.append(operate.base(part).expand_as(part))
+            elif len(part):
+                done.append(operate(part, v_part))
+        first = sum(map(len, done))
+        end = first + sum(map(len, bases))
+        drawn = blend(torch.cat(bases), x[first:end], v[first:end])
+        x = torch.cat([*done, drawn, affine(x[end:], coefficients[end:])])
     return x.index_select(0, order.argsort().to(x.device))
 
 

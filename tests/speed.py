@@ -3,8 +3,9 @@ the compared things in turn within one run: A B A B ... Tables give medians, and
 range behind ±. A ratio says how many times as fast ours is.
 
   views      weak + strong pairs a second, against torchvision's and Pillow's per-image pipeline
-  step       a step of the shipped training loop, against forward, backward and update on a ready-made batch
-  published  the same step, against a plain transcription of how the published code spends its time
+  step       a step of the shipped training loop in the precision of --amp auto, against forward, backward and
+             update on a ready-made batch in the same precision
+  published  the same step, against a plain transcription of how the published code spends its time, in float32
   scaling    step time over batch, image side, classes, length of texts; memory over the size of the pool
 """
 
@@ -156,7 +157,8 @@ def make_case(name: str, folder: str) -> SimpleNamespace:
     if script is zeromatch:
         student.add_kd_head()
     labeled = torch.arange(2 * B)
-    return SimpleNamespace(name=name, script=script, args=args, preset=preset, views=views, split=split, K=K,
+    _, dtype = common.setup_device("cpu", "auto", backbone)
+    return SimpleNamespace(name=name, script=script, dtype=dtype, args=args, preset=preset, views=views, split=split, K=K,
                            student=student, labeled=labeled, y_lb=views.y[labeled], y_zs=views.y, B=B, B_u=uratio * B,
                            folder=folder)  # fmt: skip
 
@@ -164,7 +166,7 @@ def make_case(name: str, folder: str) -> SimpleNamespace:
 def shipped_steps(case: SimpleNamespace, num_steps: int) -> None:
     """Train as the script does, with its Run, log and averaged weights; two evaluations' worth are left out."""
     args = zeromatch.replace(case.args, num_steps=num_steps, eval_every=10**9)
-    run = common.Run(case.folder, "speed", vars(args) | {"resume": None}, CPU, None)
+    run = common.Run(case.folder, "speed", vars(args) | {"resume": None}, CPU, case.dtype)
     few = case.views.__class__.__new__(case.views.__class__)
     few.__dict__ = case.views.__dict__ | {"y": case.views.y[:2]}  # the evaluation at the end sees two examples
     few.__class__ = type("Few", (case.views.__class__,), {"__len__": lambda self: 2})
@@ -196,10 +198,11 @@ def bare_steps(case: SimpleNamespace, num_steps: int) -> None:
     y = torch.arange(len(x)) % case.K
     case.student.train()
     for _ in range(num_steps):
-        logits, logits_kd, _ = case.student(x)
-        loss = F.cross_entropy(logits, y)
+        with torch.autocast("cpu", case.dtype, enabled=case.dtype is not None):
+            logits, logits_kd, _ = case.student(x)
+        loss = F.cross_entropy(logits.float(), y)
         if logits_kd is not None:
-            loss = loss + F.cross_entropy(logits_kd, y)
+            loss = loss + F.cross_entropy(logits_kd.float(), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -245,9 +248,9 @@ def seconds_a_step(
     return {name: (seconds[name, 1 + steps] - seconds[name, 1]) / steps for name in kinds}
 
 
-def peak_flops(side: int = 1536) -> float:
-    """Floating-point operations a second of a large float32 matrix product on this thread."""
-    a = torch.randn(side, side)
+def peak_flops(dtype: torch.dtype | None, side: int = 1536) -> float:
+    """Floating-point operations a second of a large matrix product on this thread, float32 or dtype."""
+    a = torch.randn(side, side).to(dtype or torch.float32)
     return 2 * side**3 / np.median(in_turn({"product": lambda: a @ a}, 5)["product"])
 
 
@@ -347,7 +350,7 @@ def report_views(repeats: int) -> None:
 
 
 def report_steps(other: Literal["bare", "published"], repeats: int, cases: tuple[str, ...] = tuple(CASES)) -> None:
-    rows, peak = [], peak_flops()
+    rows: list[list[Any]] = []
     kinds = {"ours": shipped_steps, "bare": bare_steps, "published": published_steps}
     for name in cases:
         with tempfile.TemporaryDirectory() as folder:
@@ -358,16 +361,19 @@ def report_steps(other: Literal["bare", "published"], repeats: int, cases: tuple
             ours, theirs = (1e3 * result[kind] for kind in ("ours", other))
             ratio = np.median(theirs) / np.median(ours)
             last = f"{100 / ratio - 100:+.0f} %" if other == "bare" else f"{ratio:.2f}"
-            row = [CASES[name], said(ours, 1), said(theirs, 1), last]
+            precision = "float32" if case.dtype is None else "bfloat16"
+            row = [CASES[name], precision, said(ours, 1), said(theirs, 1), last]
             if other == "bare":
-                share = (flops_of(lambda case=case: bare_steps(case, 1))) / (np.median(theirs) / 1e3) / peak
+                rate = flops_of(lambda case=case: bare_steps(case, 1)) / (np.median(theirs) / 1e3)
+                share = rate / peak_flops(case.dtype)
                 row.append(f"{100 * share:.0f} %")
             rows.append(row)
     if other == "bare":
-        print(f"\nlargest float32 matrix product: {peak / 1e9:.0f} Gflop a second on one thread")
-        table("full step | ours, ms | bare, ms | on top | share of the matrix peak that bare reaches", rows)
+        peaks = [peak_flops(dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)]
+        print(f"\na large matrix product, Gflop a second: float32 {peaks[0]:.0f}, bfloat16 {peaks[1]:.0f}")
+        table("full step | precision | ours, ms | bare, ms | on top | of a matrix product's speed, bare", rows)
     else:
-        table("full step | ours, ms | published way, ms | ratio", rows)
+        table("full step | precision | ours, ms | published way, float32, ms | ratio", rows)
 
 
 def report_scaling(repeats: int) -> None:
