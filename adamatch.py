@@ -328,6 +328,9 @@ def main(args: Args) -> dict[str, Any]:
     tau = (0.9 if args.variant == "original" else 0.95) if args.tau is None else args.tau
     args = replace(args, tau=tau, **fill_from_preset(vars(args), preset))
     check_arguments(vars(args))
+    device, dtype = setup_device(args.device, args.amp, args.backbone)
+    if (args.pseudolabels or args.pseudolabels_test) and not args.feature_input:
+        raise UserError("--pseudolabels is read with --feature-input only: AdaMatch has no teacher; leave one out")
     data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
     zero_shot = [None, None]
@@ -339,7 +342,6 @@ def main(args: Args) -> dict[str, Any]:
         zero_shot = [read_labels(path, data, split)[0] for path, split in zip(paths, ("train", "test"), strict=True)]
     test_part, measured = measured_part(data)
 
-    device, dtype = setup_device(args.device, args.amp, args.backbone)
     name = f"adamatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(args.runs_dir, name, asdict(args), device, dtype)
     run.describe(data, labeled, vars(args), measured, zero_shot[0])

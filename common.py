@@ -678,6 +678,8 @@ def load_text_file(path: str, test_file: str | None) -> Data:
             held = np.concatenate([rng.permutation(rows)[: len(rows) // 5] for rows in once])
             train, test = train.take(np.setdiff1d(np.arange(len(train)), held)), train.take(np.sort(held))
     return Data(Path(path).stem, classes, train, test)
+
+
 def fetch_source(dataset: str, data_dir: str) -> list[Path]:
     """Fetch and unpack SOURCES[dataset]; returns all its files. A folder appears only when it is whole."""
     from torchvision.datasets.utils import extract_archive

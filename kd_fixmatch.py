@@ -376,11 +376,11 @@ def main(args: Args) -> dict[str, Any]:
     preset = preset_of(args.dataset, args.backbone)
     args = replace(args, **fill_from_preset(vars(args), preset))
     check_arguments(vars(args))
+    device, dtype = setup_device(args.device, args.amp, args.backbone)
     data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
     test_part, measured = measured_part(data)
 
-    device, dtype = setup_device(args.device, args.amp, args.backbone)
     name = f"kd_fixmatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(args.runs_dir, name, asdict(args), device, dtype)
     run.describe(data, labeled, vars(args), measured)

@@ -322,6 +322,7 @@ def main(args: Args) -> dict[str, Any]:
     preset = preset_of(args.dataset, args.backbone)
     args = replace(args, **fill_from_preset(vars(args), preset))
     check_arguments(vars(args))
+    device, dtype = setup_device(args.device, args.amp, args.backbone)
     data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
     labels_train, labels_test = args.pseudolabels, args.pseudolabels_test
@@ -335,7 +336,6 @@ def main(args: Args) -> dict[str, Any]:
         teacher_acc = 100 * float((read_labels(labels_test, data, "test")[0] == data.test.y).mean())
 
     test_part, measured = measured_part(data, zero_shot)
-    device, dtype = setup_device(args.device, args.amp, args.backbone)
     name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(args.runs_dir, name, asdict(args), device, dtype)
     run.describe(data, labeled, vars(args), measured, zero_shot)

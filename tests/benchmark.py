@@ -70,6 +70,8 @@ def run_row(
     torch.set_num_threads(1)
     script, own, kind = ROWS[row]
     known = {name: value for name, value in shared.items() if hasattr(script.Args, name)}
+    if script is adamatch and not own.get("feature_input"):
+        known |= {"pseudolabels": None, "pseudolabels_test": None}
     args = script.Args(seed=seed, runs_dir=folder, **known, **own, **steps_of(kind, stage1, stage2))
     before = set(Path(folder).glob("*"))
     with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):

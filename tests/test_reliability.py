@@ -414,6 +414,8 @@ BAD_INPUT = [  # (command line; what its one line names)
     (f"{CHAT} --model m --concurrency 0", "--concurrency 0"),
     # options that do not go together, or need another one
     ("zeromatch --device cpu --amp fp16 --pseudolabels labels.jsonl", "--amp fp16 needs a GPU; .*--amp bf16 or off"),
+    ("adamatch --pseudolabels labels.jsonl", "--pseudolabels is read with --feature-input only"),
+    ("zeromatch --device mps", "--device mps: torch sees no Apple GPU"),
     ("zeromatch --test-file my.csv", "--test-file my.csv: digits has a test part of its own"),
     ("zeromatch --pseudolabels-test labels.jsonl", "--pseudolabels-test needs --pseudolabels"),
     ("adamatch --backbone vit_small_patch16_224", "8 pixels cannot be cut into patches of 16"),
