@@ -323,7 +323,7 @@ def check_arguments(given: dict[str, Any]) -> None:
         "warmup_steps": (0, math.inf), "log_every": (1, math.inf), "eval_every": (1, math.inf), "lr": (0, math.inf),
         "weight_decay": (0, math.inf), "layer_decay": (1e-6, 1), "ema_decay": (0, 0.999999), "marginal_decay": (0, 1),
         "tau": (0, 1), "tau_select": (0, 1), "tau_inner": (0, 1), "lambda_u": (0, math.inf), "lambda_p": (0, math.inf),
-        "sce_alpha": (0, math.inf), "sce_beta": (0, math.inf), "seed": (0, 2**32 - 1),
+        "sce_alpha": (0, math.inf), "sce_beta": (0, math.inf), "seed": (0, 2**32 - 1), "fusion": (0, math.inf),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         value = given.get(name, low)

@@ -23,6 +23,7 @@ reported accuracy is that of the last evaluation (and the median of the last 20)
     python zeromatch.py --stages 1                         pseudo-supervision: the teacher's labels as if true
     python zeromatch.py --stages 2                         ablation: no warm-up
     python zeromatch.py --lambda-p 0 | --anneal none       ablations: no auxiliary loss | constant weight
+    python zeromatch.py --fusion 1                         beyond the paper: pseudo-labels that weigh the teacher's in
 
 Departures from the authors' code
   D1  Stage 1 hands on its last (averaged) weights. ZM keeps the checkpoint that fits the teacher's
@@ -128,6 +129,8 @@ class Args:
     """alpha_t: linear from 0 to 1 over stage 2, or none: 1 throughout."""
     marginal_decay: float | None = None
     """Decay of the running class marginals p_lb and p_ulb."""
+    fusion: float = 0.0
+    """Beyond the paper: exponent beta >= 0 of the teacher's label in the pseudo-labels (`fuse`); 0: as published."""
 
 
 # ---------------------------------------------------------------------------- the method
@@ -192,6 +195,26 @@ def loss_distillation(logits: Tensor, y_zs: Tensor) -> Tensor:
     return F.cross_entropy(logits, y_zs, reduction="none", ignore_index=-1).mean()
 
 
+def update_confusion(joint: Tensor | None, probs: Tensor, y_zs: Tensor) -> Tensor:
+    """J[y, j] <- 0.98 J[y, j] + 0.02 / n * sum_i probs_iy [y_zs_i = j], the share of (class, teacher's answer).
+
+    [K, K] or None (classes alike, 0.4 of the answers guessed), [n, K], [n] int64, -1 not counted -> [K, K]."""
+    K = probs.shape[1]
+    joint = (0.6 * torch.eye(K, device=probs.device) + 0.4 / K) / K if joint is None else joint
+    says = F.one_hot(y_zs + 1, K + 1)[:, 1:].float()  # a row of zeros for no answer
+    return (1 - 0.02 * says.sum() / len(says)) * joint + 0.02 * probs.T @ says / len(says)
+
+
+def fuse(probs: Tensor, y_zs: Tensor, joint: Tensor, beta: float) -> Tensor:
+    """Bayes' rule with the teacher as witness: p(y) * T[y, y_zs]^beta, scaled to sum to 1; T[y, j] = P(says j | y).
+
+    T are the rows of joint [K, K], each scaled to sum to 1 (Dawid and Skene's model of an annotator).
+    [n, K], [n] int64 -> [n, K]; a row with y_zs_i = -1 stays."""
+    T = joint / joint.sum(dim=1, keepdim=True)
+    witness = torch.where(y_zs[:, None] >= 0, T.T[y_zs] ** beta, 1)
+    return F.normalize(probs * witness, p=1, dim=1)
+
+
 # ---------------------------------------------------------------------------- training
 
 
@@ -254,6 +277,7 @@ def train_stage2(
     K = student.num_classes
     p_lb = state.get("p_lb", torch.full((K,), 1 / K, device=run.device))  # starts uniform
     p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
+    joint = state.get("joint")  # of --fusion
     B = args.batch_size // PROCESSES  # here and below: the rows of this process
     B_u = args.uratio * B
 
@@ -281,7 +305,11 @@ def train_stage2(
         p_lb = average(update_marginal(p_lb, probs_lb, args.marginal_decay))  # over processes; both before use
         p_ulb = average(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
         c_tau = average(relative_threshold(probs_lb, args.tau))
-        pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
+        probs_ulb_w = align(probs_ulb_w, p_lb, p_ulb)
+        if args.fusion:  # the confusion is counted on what the student alone believes
+            joint = average(update_confusion(joint, probs_ulb_w, y_zs[idx_ulb]))
+            probs_ulb_w = fuse(probs_ulb_w, y_zs[idx_ulb], joint, args.fusion)
+        pseudo_label, mask = hard_labels(probs_ulb_w, c_tau)
 
         loss_s = F.cross_entropy(logits_lb, y_lb)
         loss_u = loss_consistency(logits_ulb_s, pseudo_label, mask)
@@ -305,7 +333,7 @@ def train_stage2(
         if evaluate:
             run.evaluated(2, step, accuracy(predict(ema.module, test, run.autocast), test.y))
         if evaluate or run.save_due():
-            run.save(2, step, parts, p_lb=p_lb, p_ulb=p_ulb)
+            run.save(2, step, parts, p_lb=p_lb, p_ulb=p_ulb, joint=joint)
     return ema.module
 
 

@@ -5,6 +5,7 @@
         --pseudolabels data/labels/fashion_mnist-train-pixels.jsonl \
         --pseudolabels-test data/labels/fashion_mnist-test-pixels.jsonl
     python tests/benchmark.py pixel-teacher      makes these two files
+    python tests/benchmark.py extensions         ZeroMatch with fusion, three teachers a data set
     python tests/benchmark.py speed              how fast it is (speed.py)
     python tests/benchmark.py fortunes           makes a data set of short texts (README: Texts)
 
@@ -50,6 +51,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "KD-FixMatch (SCE 1.0, 0.1)": (kd_fixmatch, {"unsup_loss": "sce"}, "halves"),
     REFERENCE: (zeromatch, {}, "two stages"),
 }
+EXTENSIONS = {"ZeroMatch, fusion": (zeromatch, {"fusion": 1.0}, "two stages")}  # beyond the papers
 
 
 def steps_of(kind: str, stage1: int, stage2: int) -> dict[str, int]:
@@ -68,7 +70,7 @@ def run_row(
 ) -> dict[str, Any]:
     """One training run, silent, on one thread; returns its result and its curve of test accuracies."""
     torch.set_num_threads(1)
-    script, own, kind = ROWS[row]
+    script, own, kind = (ROWS | EXTENSIONS)[row]
     known = {name: value for name, value in shared.items() if hasattr(script.Args, name)}
     if script is adamatch and not own.get("feature_input"):
         known |= {"pseudolabels": None, "pseudolabels_test": None}
@@ -95,7 +97,7 @@ def zero_shot_accuracy(dataset: str, data_dir: str, path: str | None, test_file:
 
 def table(runs: list[dict[str, Any]], zero_shot: float | None) -> str:
     """Markdown: mean, standard deviation over seeds, paired difference to ZeroMatch, median of 20, seconds."""
-    accs = {row: {r["seed"]: r["test_acc"] for r in runs if r["row"] == row} for row in ROWS}
+    accs = {row: {r["seed"]: r["test_acc"] for r in runs if r["row"] == row} for row in ROWS | EXTENSIONS}
     lines = [
         "| method | test accuracy, % | difference to ZeroMatch | median of last 20 | seconds |",
         "|---|---|---|---|---|",
@@ -189,6 +191,37 @@ def continuous(metrics: list[dict[str, Any]], name: str) -> list[tuple[float, fl
     return points
 
 
+def finished_runs(
+    path: Path, rows: tuple[str, ...], seeds: tuple[int, ...], shared: dict[str, Any], num_steps: int | None, jobs: int
+) -> list[dict[str, Any]]:
+    """The runs of all rows and seeds: those that stand in the JSON file `path`, and the others, made now and added."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(path.read_text()) if path.exists() else []
+    preset = common.preset_of(shared["dataset"])
+    steps = common.fill_from_preset({"num_steps": num_steps, "num_steps_stage1": None}, preset)
+    stage1, stage2 = steps["num_steps_stage1"], steps.get("num_steps", num_steps)
+    done = {(r["row"], r["seed"]) for r in runs}
+    with ProcessPoolExecutor(jobs) as pool:
+        waiting = []
+        for row, seed in ((row, seed) for seed in seeds for row in rows if (row, seed) not in done):
+            folder = run_folder(path, row, seed)
+            waiting.append(pool.submit(run_row, row, seed, shared, stage1, stage2, str(folder)))
+        try:
+            for finished in as_completed(waiting):
+                runs.append(finished.result())
+                common.write_atomically(path, json.dumps(runs).encode())
+                print(f"{runs[-1]['row']}, seed {runs[-1]['seed']}: {runs[-1]['test_acc']:.2f} %", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what was finished is in the file; nothing new is begun
+            raise
+    return [r for r in runs if r["row"] in rows and r["seed"] in seeds]
+
+
+def run_folder(path: Path, row: str, seed: int) -> Path:
+    """A folder of its own for each run."""
+    return path.with_suffix("") / f"{list(ROWS | EXTENSIONS).index(row)}-{seed}"
+
+
 def compare(
     dataset: str = "digits",
     num_labels: int = 10,
@@ -213,7 +246,7 @@ def compare(
         dataset: Data set of all rows.
         num_labels: Labeled examples in all.
         seeds: One run a row and seed.
-        rows: Names of the rows to run.
+        rows: Names of the rows to run, of ROWS and EXTENSIONS.
         num_steps: Updates of ZeroMatch's stage 2; stage 1 is scaled with it. Unset: the preset's.
         eval_every: Steps from one evaluation to the next; unset: scaled with num_steps.
         lr: Peak learning rate of all rows; unset: the preset's.
@@ -223,44 +256,17 @@ def compare(
         pseudolabels_test: Teacher's labels of the test part.
         data_dir: Where data sets and label files are kept.
         runs_dir: Where the run folders go.
-        output: JSON file of the finished runs; unset: RUNS_DIR/compare-DATASET-LABELS.json.
+        output: JSON file of the finished runs; unset: RUNS_DIR/compare-DATASET-LABELS[-TEACHER].json.
         plot: Picture of the learning curves (.svg or .png) to draw; needs matplotlib.
         jobs: Runs side by side.
     """
-    path = Path(output or f"{runs_dir}/compare-{Path(dataset).stem}-{num_labels}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs = json.loads(path.read_text()) if path.exists() else []
+    teacher = f"-{Path(pseudolabels).stem}" if pseudolabels else ""
+    path = Path(output or f"{runs_dir}/compare-{Path(dataset).stem}-{num_labels}{teacher}.json")
     zero_shot = zero_shot_accuracy(dataset, data_dir, pseudolabels_test, test_file)  # also makes the digits' labels
-    preset = common.preset_of(dataset)
-    steps = common.fill_from_preset({"num_steps": num_steps, "num_steps_stage1": None}, preset)
-    shared = {"dataset": dataset, "num_labels": num_labels, "data_dir": data_dir}
-    shared |= {"pseudolabels": pseudolabels, "pseudolabels_test": pseudolabels_test, "log_every": 20}
-    shared |= {"eval_every": eval_every, "lr": lr, "backbone": backbone, "test_file": test_file}
-    done = {(r["row"], r["seed"]) for r in runs}
-    with ProcessPoolExecutor(jobs) as pool:
-        waiting = []
-        for row, seed in ((row, seed) for seed in seeds for row in rows if (row, seed) not in done):
-            folder = (
-                path.with_suffix("") / f"{list(ROWS).index(row)}-{seed}"
-            )  # a folder of its own for each run
-            arguments = (
-                row,
-                seed,
-                shared,
-                steps["num_steps_stage1"],
-                steps.get("num_steps", num_steps),
-                str(folder),
-            )
-            waiting.append(pool.submit(run_row, *arguments))
-        try:
-            for finished in as_completed(waiting):
-                runs.append(finished.result())
-                common.write_atomically(path, json.dumps(runs).encode())
-                print(f"{runs[-1]['row']}, seed {runs[-1]['seed']}: {runs[-1]['test_acc']:.2f} %", flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # what was finished is in the file; nothing new is begun
-            raise
-    runs = [r for r in runs if r["row"] in rows and r["seed"] in seeds]
+    shared = {"dataset": dataset, "num_labels": num_labels, "data_dir": data_dir, "log_every": 20, "lr": lr}
+    shared |= {"pseudolabels": pseudolabels, "pseudolabels_test": pseudolabels_test, "eval_every": eval_every}
+    shared |= {"backbone": backbone, "test_file": test_file}
+    runs = finished_runs(path, rows, seeds, shared, num_steps, jobs)
     print(f"\n{dataset}, {num_labels} labels, seeds {' '.join(map(str, seeds))}\n\n{table(runs, zero_shot)}")
     if plot:
         draw_curves(runs, plot)
@@ -290,6 +296,135 @@ def pixel_teacher(num_labels: int = 100, seed: int = 12345, data_dir: str = "dat
         probs = model.predict_proba(x)
         pseudolabel.write_labels(path, header, probs)
         print(f"{path}: {100 * (probs.argmax(axis=1) == data.part(split).y).mean():.2f} % right")
+
+
+# Stand-ins for foundation models, beside `glyphs` for digits: (pictures of their own, what they see, model)
+TEACHERS: dict[str, dict[str, tuple[int, str, str]]] = {
+    "digits": {"rows": (200, "rows", "logistic"), "svm": (500, "pixels", "svm")},
+    "fashion_mnist": {"rows": (1000, "rows", "logistic"), "svm": (2000, "pixels", "svm")},
+}
+
+
+def teachers(dataset: str, seed: int = 12345, data_dir: str = "data") -> None:
+    """Label files from two more teachers of a data set, weak and strong; nobody's labels are flipped.
+
+    rows: a logistic regression that sees only the mean of every row of a picture, so that what differs
+    from left to right is one to it (digits: 9 % of the ones are right). svm: a support vector machine on
+    the pixels of more pictures than any student here has labels.
+
+    Args:
+        dataset: digits or fashion_mnist.
+        seed: Draws their training pictures; not a seed that students are reported on.
+        data_dir: Where label files are kept.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import SVC
+
+    data = common.load_data(dataset, data_dir)
+    for name, (size, seen, kind) in TEACHERS[dataset].items():
+        drawn = common.draw_labeled(data.train.y, size, len(data.classes), seed)
+        pictures = {split: data.part(split).x.squeeze(1) / 255 for split in ("train", "test")}
+        x = {s: p.mean(axis=2) if seen == "rows" else p.reshape(len(p), -1) for s, p in pictures.items()}
+        model = LogisticRegression(max_iter=1000) if kind == "logistic" else SVC(C=10)
+        model.fit(x["train"][drawn], data.train.y[drawn])
+        for split in ("train", "test"):
+            path = Path(data_dir) / "labels" / f"{dataset}-{split}-{name}.jsonl"
+            said = model.predict(x[split])
+            header = pseudolabel.header_of(data, split, name, f"{kind} on the {seen} of {size} pictures")
+            pseudolabel.write_labels(path, header, np.eye(len(data.classes))[said])
+            print(f"{path}: {100 * (said == data.part(split).y).mean():.2f} % right")
+
+
+def extensions(
+    datasets: tuple[str, ...] = ("digits", "fashion_mnist"),
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    data_dir: str = "data",
+    runs_dir: str = "runs",
+    plot: str | None = None,
+    jobs: int = 2,
+) -> None:
+    """ZeroMatch with fusion against ZeroMatch as published, with three teachers and two numbers of labels each.
+
+    Prints one row a cell: the mean over seeds, the paired difference with Student's 95 % interval.
+
+    Args:
+        datasets: digits, fashion_mnist (in bfloat16, 300 + 700 updates) or both.
+        seeds: One run a row and seed.
+        data_dir: Where data sets and label files are kept.
+        runs_dir: Where the run folders and the JSON files of finished runs go.
+        plot: Picture of learned and true confusion matrices to draw; needs matplotlib.
+        jobs: Runs side by side.
+    """
+    from scipy import stats
+
+    lines, confusions = [], {}
+    for dataset, sizes, num_steps, amp in (("digits", (10, 40), None, "off"), ("fashion_mnist", (40, 100), 700, "bf16")):
+        if dataset not in datasets:
+            continue
+        teachers(dataset, data_dir=data_dir)
+        if dataset == "digits":
+            pseudolabel.default_labels(common.load_data(dataset, data_dir), data_dir)
+        else:
+            pixel_teacher(data_dir=data_dir)
+        shared = {"dataset": dataset, "data_dir": data_dir, "log_every": 20, "amp": amp, "eval_every": num_steps or 800}
+        for num_labels in sizes:
+            shared["num_labels"] = num_labels
+            path = Path(runs_dir) / f"extensions-{dataset}-{num_labels}.json"
+            alone = accuracies(finished_runs(path, ("AdaMatch",), seeds, shared, num_steps, jobs))["AdaMatch"]
+            for teacher in ["glyphs" if dataset == "digits" else "pixels", *TEACHERS[dataset]]:
+                at = {s: f"{data_dir}/labels/{dataset}-{s}-{teacher}.jsonl" for s in ("train", "test")}
+                labels = {"pseudolabels": at["train"], "pseudolabels_test": at["test"]}
+                path = Path(runs_dir) / f"extensions-{dataset}-{num_labels}-{teacher}.json"
+                rows = (REFERENCE, *EXTENSIONS)
+                runs = finished_runs(path, rows, seeds, shared | labels, num_steps, jobs)
+                accs = accuracies(runs)
+                plain, fused = (np.array([accs[row][seed] for seed in seeds]) for row in rows)
+                half = stats.t.ppf(0.975, len(seeds) - 1) * spread(fused - plain) / len(seeds) ** 0.5
+                stage1 = np.mean([run["stage1_acc"] for run in runs])
+                values = [runs[0]["teacher_acc"], stage1, np.mean(list(alone.values())), plain.mean(), fused.mean()]
+                difference = f"{(fused - plain).mean():+.1f} ({(fused - plain).mean() - half:+.1f} to "
+                difference += f"{(fused - plain).mean() + half:+.1f})"
+                cell = [f"{dataset}, {num_labels} labels", teacher, *(f"{v:.1f}" for v in values), difference]
+                lines.append("| " + " | ".join(cell) + " |")
+                (checkpoint,) = run_folder(path, rows[1], seeds[0]).glob("*/checkpoint.pt")
+                joint = torch.load(checkpoint, weights_only=True)["joint"].float()
+                data = common.load_data(dataset, data_dir)
+                y_zs, _ = pseudolabel.read_labels(at["train"], data, "train")
+                true = np.zeros_like(joint)
+                np.add.at(true, (data.train.y, y_zs), 1)
+                pair = [m / m.sum(axis=1, keepdims=True) for m in (joint.numpy(), true)]
+                confusions[f"{dataset}, {num_labels} labels, {teacher}"] = pair
+    print("\n| cell | teacher | teacher alone | stage 1 | AdaMatch | ZeroMatch | with fusion | difference (95 %) |")
+    print("|" + "---|" * 8, *lines, sep="\n")
+    if plot:
+        draw_confusions(confusions, plot)
+
+
+def accuracies(runs: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """{row: {seed: test accuracy}}."""
+    accs: dict[str, dict[int, float]] = {}
+    for run in runs:
+        accs.setdefault(run["row"], {})[run["seed"]] = run["test_acc"]
+    return accs
+
+
+def draw_confusions(confusions: dict[str, list[np.ndarray]], path: str) -> None:
+    """T learned beside T true, one pair a cell: rows are classes, columns what the teacher says."""
+    import matplotlib
+
+    matplotlib.use("svg" if path.endswith("svg") else "agg")
+    from matplotlib import pyplot
+
+    rows = -(-len(confusions) // 3)
+    figure, axes = pyplot.subplots(rows, 6, figsize=(11, 1.95 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for pair, (title, both) in zip(axes.reshape(-1, 2), confusions.items(), strict=False):
+        for axis, matrix, said in zip(pair, both, ("learned", "true"), strict=True):
+            shown = axis.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
+            axis.set_title(f"{title}\n{said}", fontsize=7)
+    figure.colorbar(shown, ax=axes, shrink=0.6, label="P(teacher says column | class of row)")
+    figure.savefig(path)
 
 
 FORTUNES = "/usr/share/games/fortunes"  # Debian's package fortunes
@@ -336,5 +471,6 @@ def fortunes(data_dir: str = "data") -> None:
 
 
 if __name__ == "__main__":
-    commands = {"compare": compare, "pixel-teacher": pixel_teacher, "fortunes": fortunes, "speed": speed}
+    commands = {"compare": compare, "pixel-teacher": pixel_teacher, "teachers": teachers, "extensions": extensions}
+    commands |= {"fortunes": fortunes, "speed": speed}
     tyro.extras.subcommand_cli_from_dict(commands)

@@ -1,5 +1,8 @@
 """The benchmark's arithmetic: equal budgets, paired differences, curves over all stages."""
 
+import re
+from concurrent.futures import Future
+
 import benchmark as b
 import pytest
 
@@ -43,3 +46,46 @@ def test_curves_add_the_steps_of_earlier_stages_and_leave_out_clustering():
     points = b.continuous(metrics, "test/acc")
     assert [p for p in points if p[1] == p[1]] == [(10, 50.0), (20, 60.0), (25, 55.0)]
     assert len(points) == 4 and points[2][1] != points[2][1]  # a gap between the networks
+
+
+def test_finished_runs_are_kept_and_those_of_another_teacher_apart(tmp_path, monkeypatch):
+    started = []
+
+    def run_row(row, seed, *rest):
+        started.append((row, seed))
+        return made(row, seed, 90.0 + seed)
+
+    class Here:  # a pool without processes, which would not see the function above
+        def __init__(self, jobs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, function, *args):
+            done = Future()
+            done.set_result(b.run_row(*args))
+            return done
+
+    monkeypatch.setattr(b, "run_row", run_row)
+    monkeypatch.setattr(b, "ProcessPoolExecutor", Here)
+    shared = {"dataset": "digits"}
+    for seeds in ((0, 1), (0, 1, 2)):
+        runs = b.finished_runs(tmp_path / "a.json", ("AdaMatch", "ZeroMatch"), seeds, shared, None, 1)
+    assert started == [(row, seed) for seed in (0, 1, 2) for row in ("AdaMatch", "ZeroMatch")]  # none twice
+    assert b.accuracies(runs)["AdaMatch"] == {0: 90.0, 1: 91.0, 2: 92.0}
+    assert len(b.finished_runs(tmp_path / "b.json", ("AdaMatch",), (0,), shared, None, 1)) == 1 and len(started) == 7
+    folders = {b.run_folder(tmp_path / "a.json", row, seed) for row in b.ROWS | b.EXTENSIONS for seed in (0, 1)}
+    assert len(folders) == 2 * len(b.ROWS | b.EXTENSIONS)
+
+
+def test_teachers_are_weak_and_strong_and_write_readable_labels(tmp_path, capsys):
+    b.teachers("digits", data_dir=str(tmp_path))
+    right = dict(re.findall(r"digits-test-(\w+)\.jsonl: ([\d.]+) %", capsys.readouterr().out))
+    assert 55 < float(right["rows"]) < 75 and float(right["svm"]) > 97
+    data = b.common.load_data("digits", str(tmp_path))
+    labels, _ = b.pseudolabel.read_labels(str(tmp_path / "labels" / "digits-train-rows.jsonl"), data, "train")
+    assert (labels[data.train.y == 1] == 1).mean() < 0.4  # it hardly knows a one, as it cannot see left from right
