@@ -293,9 +293,7 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
     Ampere on; on a CPU with AVX512-BF16 but for EfficientNet, which is slower so, and the small CNN, whose
     results should not depend on the machine."""
     if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
     if device == "mps" and not torch.backends.mps.is_available():
@@ -355,9 +353,7 @@ class Split:
         """One content hash an example; equal images have equal hashes."""
         if self.keys is not None:
             return [bytes.fromhex(key) for key in self.keys]
-        return [
-            hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=12).digest() for row in self.x
-        ]
+        return [hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=12).digest() for row in self.x]
 
     def take(self, idx: np.ndarray) -> Split:
         """The examples at positions idx."""
@@ -444,9 +440,7 @@ def load_digits(data_dir: str) -> Data:
     return Data("digits", [str(d) for d in range(10)], Split(x[train], y[train]), Split(x[test], y[test]))
 
 
-FASHION_CLASSES = (
-    "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot".split(", ")
-)
+FASHION_CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot".split(", ")
 DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # package dataset-fashion-mnist
 FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FASHION_FILES = {  # name: md5, torchvision 0.29 datasets/mnist.py
@@ -973,9 +967,7 @@ def draw_labeled(y: np.ndarray, num_labels: int, num_classes: int, seed: int) ->
     for label in range(num_classes):
         members = np.flatnonzero(y == label)
         if len(members) < each:
-            raise UserError(
-                f"--num-labels {num_labels}: class {label} has {len(members)} examples, {each} wanted"
-            )
+            raise UserError(f"--num-labels {num_labels}: class {label} has {len(members)} examples, {each} wanted")
         drawn.append(rng.permutation(members)[:each])
     return np.concatenate(drawn)
 
@@ -1983,9 +1975,7 @@ class Run:
             return
         rate = len(self.pending) / (time.perf_counter() - self.mark)
         self.means = means = self._means(stage, step)
-        self._write(
-            stage, step, {f"train/{name}": mean for name, mean in means.items()} | {"time/step_per_s": rate}
-        )
+        self._write(stage, step, {f"train/{name}": mean for name, mean in means.items()} | {"time/step_per_s": rate})
         left = f"{rate:.3g} step/s, {(num_steps - step - 1) / rate:.0f} s left"
         print(f"stage {stage} step {step + 1}/{num_steps} | {line.format(**means)} | {left}", flush=True)
         self.idle = self.idle + len(self.pending) if means.get("mask_rate") == 0 else 0
@@ -2061,9 +2051,7 @@ class Run:
         return f" | health: {', '.join(parts)}"
 
     def _write(self, stage: int, step: int, row: dict[str, float]) -> None:
-        row = {"stage": stage, "step": step + 1} | {
-            name: None if math.isnan(v) else v for name, v in row.items()
-        }
+        row = {"stage": stage, "step": step + 1} | {name: None if math.isnan(v) else v for name, v in row.items()}
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
         for name, value in row.items():
@@ -2161,9 +2149,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{device.type} ({platform.machine()})",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "commit": git.stdout.strip() or None if git else None,
     }
@@ -2283,9 +2269,7 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
                 was, now = getattr(saved, field.name), getattr(args, field.name)
                 if was != now and field.name not in ("data_dir", "runs_dir", "device"):
                     flag = "--" + field.name.replace("_", "-")
-                    raise UserError(
-                        f"{flag} {now}: the run to resume has {was}; leave the flag out or start a new run"
-                    )
+                    raise UserError(f"{flag} {now}: the run to resume has {was}; leave the flag out or start a new run")
         if PROCESSES > 1:
             torch.distributed.init_process_group()  # gloo for CPU tensors, nccl for CUDA
         if RANK:

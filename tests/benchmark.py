@@ -65,9 +65,7 @@ def steps_of(kind: str, stage1: int, stage2: int) -> dict[str, int]:
     }[kind]
 
 
-def run_row(
-    row: str, seed: int, shared: dict[str, Any], stage1: int, stage2: int, folder: str
-) -> dict[str, Any]:
+def run_row(row: str, seed: int, shared: dict[str, Any], stage1: int, stage2: int, folder: str) -> dict[str, Any]:
     """One training run, silent, on one thread; returns its result and its curve of test accuracies."""
     torch.set_num_threads(1)
     script, own, kind = (ROWS | EXTENSIONS)[row]
@@ -88,11 +86,7 @@ def zero_shot_accuracy(dataset: str, data_dir: str, path: str | None, test_file:
     data = common.load_data(dataset, data_dir, test_file)
     if path is None and dataset == "digits":
         path = str(pseudolabel.default_labels(data, data_dir)[1])
-    return (
-        None
-        if path is None
-        else 100 * float((pseudolabel.read_labels(path, data, "test")[0] == data.test.y).mean())
-    )
+    return None if path is None else 100 * float((pseudolabel.read_labels(path, data, "test")[0] == data.test.y).mean())
 
 
 def table(runs: list[dict[str, Any]], zero_shot: float | None) -> str:
@@ -108,12 +102,8 @@ def table(runs: list[dict[str, Any]], zero_shot: float | None) -> str:
         if not of_seed:
             continue
         values = np.array(list(of_seed.values()))
-        paired = np.array(
-            [acc - accs[REFERENCE][seed] for seed, acc in of_seed.items() if seed in accs[REFERENCE]]
-        )
-        difference = (
-            "" if row == REFERENCE or not len(paired) else f"{paired.mean():+.1f} ± {spread(paired):.1f}"
-        )
+        paired = np.array([acc - accs[REFERENCE][seed] for seed, acc in of_seed.items() if seed in accs[REFERENCE]])
+        difference = "" if row == REFERENCE or not len(paired) else f"{paired.mean():+.1f} ± {spread(paired):.1f}"
         median = np.mean([r["test_acc_median20"] for r in runs if r["row"] == row])
         seconds = np.mean([r["seconds"] for r in runs if r["row"] == row])
         lines.append(
@@ -152,9 +142,7 @@ def draw_curves(runs: list[dict[str, Any]], path: str) -> None:
         matplotlib.use("svg" if path.endswith("svg") else "agg")
         from matplotlib import pyplot
     except ImportError:
-        sys.exit(
-            "--plot needs matplotlib, which is optional: pip install matplotlib, then run the same command again"
-        )
+        sys.exit("--plot needs matplotlib, which is optional: pip install matplotlib, then run the same command again")
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for row in [r for r in ROWS if any(run["row"] == r for run in runs)]:
@@ -170,9 +158,7 @@ def draw_curves(runs: list[dict[str, Any]], path: str) -> None:
     for axis, title in zip(axes, ("test accuracy, %", "share of unlabeled examples that count"), strict=True):
         axis.set(title=title, xlabel="updates", xlim=(0, None))
         axis.grid(alpha=0.3)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False
-    )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.savefig(path)
 
 
@@ -358,7 +344,10 @@ def extensions(
     from scipy import stats
 
     lines, confusions = [], {}
-    for dataset, sizes, num_steps, amp in (("digits", (10, 40), None, "off"), ("fashion_mnist", (40, 100), 700, "bf16")):
+    for dataset, sizes, num_steps, amp in (
+        ("digits", (10, 40), None, "off"),
+        ("fashion_mnist", (40, 100), 700, "bf16"),
+    ):
         if dataset not in datasets:
             continue
         teachers(dataset, data_dir=data_dir)

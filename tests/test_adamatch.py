@@ -94,18 +94,14 @@ def labels_of_digits(folder):
         {"tau": 0.5},
     ],
 )
-def test_every_variant_and_baseline_runs_differs_from_adamatch_and_resumes_exactly(
-    tmp_path, monkeypatch, changes
-):
+def test_every_variant_and_baseline_runs_differs_from_adamatch_and_resumes_exactly(tmp_path, monkeypatch, changes):
     changes = changes | (labels_of_digits(tmp_path) if "feature_input" in changes else {})
     args = adamatch.Args(data_dir=str(tmp_path), **(SHORT | changes))
     result = adamatch.main(replace(args, runs_dir=str(tmp_path / "a")))
     assert 0 <= result["test_acc"] <= 100
     state, folder = weights_of(tmp_path / "a")
     if changes:
-        adamatch.main(
-            replace(adamatch.Args(data_dir=str(tmp_path), **SHORT), runs_dir=str(tmp_path / "plain"))
-        )
+        adamatch.main(replace(adamatch.Args(data_dir=str(tmp_path), **SHORT), runs_dir=str(tmp_path / "plain")))
         plain, _ = weights_of(tmp_path / "plain")
         first = "encoder.0.0.weight"
         assert not torch.equal(state["model"][first], plain["model"][first])
@@ -132,12 +128,8 @@ def test_every_variant_and_baseline_runs_differs_from_adamatch_and_resumes_exact
 def test_supervised_only_never_reads_an_unlabeled_image(tmp_path, monkeypatch):
     seen = []
     real = common.Views.pixels
-    monkeypatch.setattr(
-        common.Views, "pixels", lambda self, idx: (seen.append((len(self), idx)), real(self, idx))[1]
-    )
-    adamatch.main(
-        adamatch.Args(supervised_only=True, runs_dir=str(tmp_path), data_dir=str(tmp_path), **SHORT)
-    )
+    monkeypatch.setattr(common.Views, "pixels", lambda self, idx: (seen.append((len(self), idx)), real(self, idx))[1])
+    adamatch.main(adamatch.Args(supervised_only=True, runs_dir=str(tmp_path), data_dir=str(tmp_path), **SHORT))
     data = common.load_data("digits", "data")
     labeled = set(common.draw_labeled(data.train.y, 10, 10, 0).tolist())
     trained_on = {int(i) for n, idx in seen if n == len(data.train) for i in idx}
@@ -163,17 +155,13 @@ def two_class_data(imbalance, n=400):
     x[:, :, :, 5:] += (150 * (y == 1))[:, None, None, None]
     x = x.astype(np.uint8)
     half = n // 2
-    return common.Data(
-        "digits", ["left", "right"], common.Split(x[:half], y[:half]), common.Split(x[half:], y[half:])
-    )
+    return common.Data("digits", ["left", "right"], common.Split(x[:half], y[:half]), common.Split(x[half:], y[half:]))
 
 
 def test_two_classes_and_an_imbalanced_pool_and_labeled_set_work(tmp_path, monkeypatch):
     data = two_class_data(0.85)
     monkeypatch.setattr(adamatch, "load_data", lambda *args: data)
-    labeled = np.concatenate(
-        [np.flatnonzero(data.train.y == 0)[:6], np.flatnonzero(data.train.y == 1)[:2]]
-    )  # 3 to 1
+    labeled = np.concatenate([np.flatnonzero(data.train.y == 0)[:6], np.flatnonzero(data.train.y == 1)[:2]])  # 3 to 1
     monkeypatch.setattr(adamatch, "draw_labeled", lambda *args: labeled)
     args = adamatch.Args(num_labels=8, num_steps=60, eval_every=30, runs_dir=str(tmp_path), ema_decay=0.9)
     assert adamatch.main(args)["test_acc"] > 90

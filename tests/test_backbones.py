@@ -81,9 +81,7 @@ def usb_file(path: Path, state: dict[str, Tensor]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "name, size, patch", [("vit_small_patch2_32", 32, 2), ("vit_small_patch16_224", 224, 16)]
-)
+@pytest.mark.parametrize("name, size, patch", [("vit_small_patch2_32", 32, 2), ("vit_small_patch16_224", 224, 16)])
 def test_a_published_weight_file_gives_the_features_of_timms_layout(tmp_path, name, size, patch):
     state, student = timm_weights(size, patch), build_student(name, 3, size, 10)
     load_weights(student.encoder, name, usb_file(tmp_path / "vit.pth", state))
@@ -91,14 +89,10 @@ def test_a_published_weight_file_gives_the_features_of_timms_layout(tmp_path, na
     with torch.no_grad():
         mine, theirs = student.eval()(x)[2], timm_features(state, x, patch)
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-    save_file(
-        state | {"head.weight": torch.zeros(7, 384)}, tmp_path / "model.safetensors"
-    )  # as timm's hub files
+    save_file(state | {"head.weight": torch.zeros(7, 384)}, tmp_path / "model.safetensors")  # as timm's hub files
     other = build_student(name, 3, size, 10)
     load_weights(other.encoder, name, str(tmp_path / "model.safetensors"))
-    for (key, a), b in zip(
-        student.encoder.state_dict().items(), other.encoder.state_dict().values(), strict=True
-    ):
+    for (key, a), b in zip(student.encoder.state_dict().items(), other.encoder.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
 
 
@@ -143,10 +137,7 @@ def test_weights_that_do_not_fit_are_listed_with_what_to_do(tmp_path):
     with pytest.raises(UserError) as caught:
         load_weights(student.encoder, "vit_small_patch2_32", usb_file(tmp_path / "vit.pth", state))
     message = str(caught.value)
-    assert (
-        "missing 1: layers.3.mlp.fc1.bias" in message
-        and "left over 1: layers.12.layernorm_before.bias" in message
-    )
+    assert "missing 1: layers.3.mlp.fc1.bias" in message and "left over 1: layers.12.layernorm_before.bias" in message
     assert "of another shape 1: layernorm.weight" in message and "--weights none" in message
     assert torch.equal(before, student.state_dict()["encoder.model.layernorm.bias"])
 
@@ -176,9 +167,7 @@ def test_published_weights_that_cannot_be_fetched_name_address_place_and_the_way
     with pytest.raises(UserError) as caught:
         load_weights(student.encoder, "vit_small_patch2_32", None)
     place = tmp_path / "hub" / "checkpoints" / "vit_small_patch2_32.pth"
-    assert (
-        url in str(caught.value) and str(place) in str(caught.value) and "--weights none" in str(caught.value)
-    )
+    assert url in str(caught.value) and str(place) in str(caught.value) and "--weights none" in str(caught.value)
     state = timm_weights(32, 2)
     usb_file(place, state)  # put there by hand
     load_weights(student.encoder, "vit_small_patch2_32", None)

@@ -24,7 +24,12 @@ def made(row, seed, acc, **more):
 
 
 def test_table_pairs_runs_by_seed():
-    runs = [made("ZeroMatch", 0, 90.0), made("ZeroMatch", 1, 80.0), made("AdaMatch", 1, 83.0), made("AdaMatch", 0, 91.0)]
+    runs = [
+        made("ZeroMatch", 0, 90.0),
+        made("ZeroMatch", 1, 80.0),
+        made("AdaMatch", 1, 83.0),
+        made("AdaMatch", 0, 91.0),
+    ]
     rows = {line.split("|")[1].strip(): line for line in b.table(runs, zero_shot=60.0).splitlines()}
     assert "| 87.0 ± 5.7 | +2.0 ± 1.4 | 86.0 | 10 |" in rows["AdaMatch"]  # differences 1 and 3
     assert "| 85.0 ± 7.1 |  | 84.0 | 10 |" in rows["ZeroMatch"]

@@ -60,9 +60,7 @@ def make_server(behave):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            reply = (
-                behave(body, self.headers) if self.path == "/v1/chat/completions" else error(404, self.path)
-            )
+            reply = behave(body, self.headers) if self.path == "/v1/chat/completions" else error(404, self.path)
             try:
                 if isinstance(reply, (int, float)):
                     time.sleep(reply)
@@ -101,9 +99,7 @@ def serve(monkeypatch):
 
     def start(behave):
         servers.append(make_server(behave))
-        threading.Thread(
-            target=servers[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        ).start()
+        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}/v1"
 
     yield start
@@ -139,9 +135,7 @@ def test_every_text_is_asked_once_and_its_answer_kept(serve, tmp_path):
 
     result = run(data, tmp_path, serve(behave), price_in=2, price_out=10)
     assert sorted(number(body) for body, _ in seen) == list(range(12))
-    assert all(
-        headers["Authorization"] is None for _, headers in seen
-    )  # no key for a host that is not OpenAI's
+    assert all(headers["Authorization"] is None for _, headers in seen)  # no key for a host that is not OpenAI's
     body = seen[0][0]
     assert body["temperature"] == 0 and body["max_tokens"] == 32 and body["model"] == "m"
     assert "world, sports, business" in asked(body) and "logprobs" not in body
@@ -168,9 +162,7 @@ def test_images_go_as_png_of_the_asked_size(serve, tmp_path):
 
 def test_long_texts_are_cut_and_the_options_are_not(serve, tmp_path):
     data, seen = (
-        common.Data(
-            "news", ["world", "sports"], common.TextSplit(["x" * 5000 + "END"], None, np.array([-1])), None
-        ),
+        common.Data("news", ["world", "sports"], common.TextSplit(["x" * 5000 + "END"], None, np.array([-1])), None),
         [],
     )
 
@@ -184,17 +176,11 @@ def test_long_texts_are_cut_and_the_options_are_not(serve, tmp_path):
 
 def test_letters_and_token_probabilities_become_probs(serve, tmp_path):
     def behave(body, headers):
-        assert (
-            "A) world, B) sports, C) business" in asked(body)
-            and body["logprobs"]
-            and body["top_logprobs"] == 20
-        )
+        assert "A) world, B) sports, C) business" in asked(body) and body["logprobs"] and body["top_logprobs"] == 20
         others = {"B": 0.5, " b": 0.1, "A": 0.2, "Z": 0.1, "sports": 0.05}
         top = [{"token": token, "logprob": float(np.log(p))} for token, p in others.items()]
         first = {"token": "\n", "logprob": -0.1, "top_logprobs": top[2:]}
-        return answer(
-            "B", logprobs={"content": [first, {"token": "B", "logprob": -0.7, "top_logprobs": top}]}
-        )
+        return answer("B", logprobs={"content": [first, {"token": "B", "logprob": -0.7, "top_logprobs": top}]})
 
     data = text_data(3)
     run(data, tmp_path, serve(behave), logprobs=True)
@@ -224,9 +210,7 @@ def test_options_that_are_refused_are_left_out_from_then_on(serve, tmp_path):
         for name in ("max_tokens", "temperature", "response_format"):
             if name in body:
                 refused.append(name)
-                return error(
-                    400, f"Unsupported parameter: '{name}'. Use 'max_completion_tokens' instead.", param=name
-                )
+                return error(400, f"Unsupported parameter: '{name}'. Use 'max_completion_tokens' instead.", param=name)
         assert body["max_completion_tokens"] == 7
         return answer('{"label": "sports"}')
 
@@ -302,11 +286,7 @@ def test_retry_after_is_waited_for(serve, tmp_path, form):
 
     def behave(body, headers):
         times.append(time.time())
-        after = (
-            "1"
-            if form == "seconds"
-            else time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
-        )
+        after = "1" if form == "seconds" else time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
         return error(429, "slow down", {"Retry-After": after}) if len(times) == 1 else answer("world")
 
     run(text_data(1), tmp_path, serve(behave))
@@ -431,9 +411,7 @@ def test_tokens_of_unusable_replies_are_counted(serve, tmp_path):
         4 + pseudolabel.ATTEMPTS,
     ]
     assert (
-        pseudolabel.summary(Path(result["path"]), read_rows(Path(result["path"]))[1], text_data(3), Args())[
-            "labeled"
-        ]
+        pseudolabel.summary(Path(result["path"]), read_rows(Path(result["path"]))[1], text_data(3), Args())["labeled"]
         == 2
     )
 
@@ -473,9 +451,7 @@ def test_the_key_is_in_no_file_and_no_output(tmp_path, serve, monkeypatch):
         keys.append(headers["Authorization"])
         if len(keys) == 9:
             return error(401, f"{'x' * 268} {headers['Authorization']}")  # cut within the key
-        return (
-            answer(f"world {KEY}") if len(keys) % 2 else error(500, f"failed for {headers['Authorization']}")
-        )
+        return answer(f"world {KEY}") if len(keys) % 2 else error(500, f"failed for {headers['Authorization']}")
 
     texts = tmp_path / "run"
     texts.mkdir()
@@ -483,16 +459,12 @@ def test_the_key_is_in_no_file_and_no_output(tmp_path, serve, monkeypatch):
         sys.executable, pseudolabel.__file__, "--teacher", "chat", "--model", "m", "--base-url", serve(behave),
         "--key-variable", "MY_KEY", "--concurrency", "1",
     ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=texts, env={**os.environ, "MY_KEY": KEY + "\n"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=texts, env={**os.environ, "MY_KEY": KEY + "\n"}, capture_output=True, text=True)
     assert done.returncode == 2 and set(keys) == {f"Bearer {KEY}"} and len(keys) == 9
     assert re.search(r"error: .*status 401.*xxx", done.stderr) and done.stderr.count("Traceback") == 0
     files = [path for path in texts.rglob("*") if path.is_file()]
     assert len(files) == 1 and "world [key]" in files[0].read_text()
-    assert not any(
-        KEY[:5] in text for text in [done.stdout, done.stderr, *(path.read_text() for path in files)]
-    )
+    assert not any(KEY[:5] in text for text in [done.stdout, done.stderr, *(path.read_text() for path in files)])
 
 
 def test_the_key_of_openai_goes_to_no_other_host(serve, tmp_path, monkeypatch):
@@ -528,11 +500,7 @@ def misbehaving(log, index_of, y):
 
     def behave(body, headers):
         index = index_of[body["messages"][0]["content"][1]["image_url"]["url"]]
-        kind = (
-            random.choice(["429", "500", "hang", "cut", "JSON", "wrong"])
-            if random.random() < 0.3
-            else "right"
-        )
+        kind = random.choice(["429", "500", "hang", "cut", "JSON", "wrong"]) if random.random() < 0.3 else "right"
         paid = kind in ("right", "wrong")
         with open(log, "a") as file:
             file.write(json.dumps([index, paid]) + "\n")
@@ -598,9 +566,7 @@ def test_ten_kills_lose_no_answer_and_pay_none_twice_beyond_what_was_in_flight(t
                 file.seek(logged)
                 requests = [json.loads(line) for line in file]
             paid = [index for index, was_paid in requests if was_paid]
-            assert not before & {index for index, _ in requests}, (
-                "an answer that was in the file was asked for again"
-            )
+            assert not before & {index for index, _ in requests}, "an answer that was in the file was asked for again"
             assert after - before <= set(paid) and before <= after
             assert len(paid) - len(after - before) <= at_once, "more lost than was in flight"
             paid_in_all += len(paid)
@@ -618,9 +584,7 @@ def test_ten_kills_lose_no_answer_and_pay_none_twice_beyond_what_was_in_flight(t
 
 
 @pytest.mark.parametrize("number_of_signal", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_with_a_summary_and_the_answers_in_flight(
-    tmp_path, monkeypatch, number_of_signal
-):
+def test_a_signal_ends_the_run_with_a_summary_and_the_answers_in_flight(tmp_path, monkeypatch, number_of_signal):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     counted = fork.Value("i", 0)
 
@@ -637,9 +601,7 @@ def test_a_signal_ends_the_run_with_a_summary_and_the_answers_in_flight(
 
     def child():
         sys.stdout = sys.stderr = open(output, "w", buffering=1)
-        sys.argv = (
-            f"pseudolabel.py --split test --teacher chat --model m --output {path} --concurrency 8".split()
-        )
+        sys.argv = f"pseudolabel.py --split test --teacher chat --model m --output {path} --concurrency 8".split()
         sys.argv += ["--base-url", f"http://127.0.0.1:{server.server_port}/v1"]
         common.cli(Args, pseudolabel.main)
 
@@ -670,9 +632,7 @@ def fifty_milliseconds(port):
         head = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
         await asyncio.sleep(0.05)
-        writer.write(
-            b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(reply) + reply
-        )
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(reply) + reply)
         writer.close()
 
     async def main():
@@ -692,13 +652,9 @@ def test_sixty_four_requests_at_once_are_thirty_times_as_fast_as_one_by_one(monk
         time.sleep(0.01)
 
     def rate(n, concurrency):
-        args = Args(
-            teacher="chat", model="m", base_url=f"http://127.0.0.1:{port.value}/v1", concurrency=concurrency
-        )
+        args = Args(teacher="chat", model="m", base_url=f"http://127.0.0.1:{port.value}/v1", concurrency=concurrency)
         start = time.perf_counter()
-        rows = list(
-            pseudolabel.label_with_chat(text_data(n), list(range(n)), args, "Topic of {text}? {options}")
-        )
+        rows = list(pseudolabel.label_with_chat(text_data(n), list(range(n)), args, "Topic of {text}? {options}"))
         assert len(rows) == n
         return n / (time.perf_counter() - start)
 
@@ -744,9 +700,7 @@ def test_a_real_local_server_answers(tmp_path, monkeypatch):
                 break
             except OSError:
                 time.sleep(0.5)
-        result = run(
-            text_data(4), tmp_path, f"http://127.0.0.1:{port}/v1", model=str(tmp_path / "tiny"), max_tokens=4
-        )
+        result = run(text_data(4), tmp_path, f"http://127.0.0.1:{port}/v1", model=str(tmp_path / "tiny"), max_tokens=4)
     finally:
         server.kill()
     assert result["labeled"] == 4 and result["tokens"][0] > 40 and 4 <= result["tokens"][1] <= 16

@@ -33,10 +33,7 @@ def test_seed_step_separates_seeds_stages_and_steps():
         return torch.rand(3).tolist()
 
     assert draw(0, "stage 2", 5) == draw(0, "stage 2", 5)
-    assert (
-        len({tuple(draw(*k)) for k in [(0, "a", 5), (0, "b", 5), (1, "a", 5), (0, "a", 6), (0, "a", 50)]})
-        == 5
-    )
+    assert len({tuple(draw(*k)) for k in [(0, "a", 5), (0, "b", 5), (1, "a", 5), (0, "a", 6), (0, "a", 50)]}) == 5
 
 
 def test_labeled_examples_are_balanced_seeded_and_of_the_right_class():
@@ -54,9 +51,7 @@ def test_labeled_examples_are_balanced_seeded_and_of_the_right_class():
 def test_digits_split_is_fixed_disjoint_and_complete():
     data = common.load_data("digits", "data")
     assert len(data.train) == 1297 and len(data.test) == 500 and data.classes == list("0123456789")
-    assert (
-        data.train.x.dtype == np.uint8 and data.train.x.max() == 255 and data.train.x.shape[1:] == (1, 8, 8)
-    )
+    assert data.train.x.dtype == np.uint8 and data.train.x.max() == 255 and data.train.x.shape[1:] == (1, 8, 8)
     assert not set(data.train.hashes()) & set(data.test.hashes())
     again = common.load_data("digits", "elsewhere")
     assert np.array_equal(data.test.x, again.test.x) and np.array_equal(data.test.y, again.test.y)
@@ -109,9 +104,7 @@ def test_backbones_have_heads_gradients_and_the_published_size(backbone, size):
     (logits.sum() + logits_kd.sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.encoder.parameters())  # C5
     if backbone == "wrn_28_2":
-        assert (
-            sum(p.numel() for p in student.encoder.parameters()) + student.head.weight.numel() + 10 == 1467610
-        )
+        assert sum(p.numel() for p in student.encoder.parameters()) + student.head.weight.numel() + 10 == 1467610
 
 
 def test_one_dimensional_tensors_have_no_weight_decay():

@@ -16,11 +16,7 @@ METHOD_DEFAULTS = {"tau"}  # the field's default may differ between methods
 
 
 def functions(module):
-    return {
-        name: f
-        for name, f in vars(module).items()
-        if inspect.isfunction(f) and f.__module__ == module.__name__
-    }
+    return {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
 
 
 def pairs():
@@ -75,7 +71,5 @@ def test_a_script_imports_no_other_method_script(module):
         if isinstance(n, ast.Import)
         for alias in n.names
     }
-    names |= {
-        n.module for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.ImportFrom)
-    }
+    names |= {n.module for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.ImportFrom)}
     assert not names & ({m.__name__ for m in SCRIPTS} - {module.__name__})

@@ -47,9 +47,7 @@ def md5(path: Path) -> str:
 
 def adopt(monkeypatch, name: str, *files: Path) -> None:
     """Let SOURCES[name] expect the checksums of these files, in its order."""
-    rows = [
-        (url, md5(file), *rest) for (url, _, *rest), file in zip(common.SOURCES[name], files, strict=True)
-    ]
+    rows = [(url, md5(file), *rest) for (url, _, *rest), file in zip(common.SOURCES[name], files, strict=True)]
     monkeypatch.setitem(common.SOURCES, name, rows)
 
 
@@ -99,9 +97,7 @@ def address():
     server.shutdown()
 
 
-def test_a_cut_or_wrong_download_gives_one_line_and_leaves_nothing_and_then_the_right_one_is_kept(
-    address, tmp_path
-):
+def test_a_cut_or_wrong_download_gives_one_line_and_leaves_nothing_and_then_the_right_one_is_kept(address, tmp_path):
     path, right = tmp_path / "data" / "file.bin", hashlib.md5(Server.content).hexdigest()
     for name, checksum, reason in (
         ("cut", right, "ended after 524288 of 1048576 bytes"),
@@ -117,9 +113,7 @@ def test_a_cut_or_wrong_download_gives_one_line_and_leaves_nothing_and_then_the_
         assert list(path.parent.iterdir()) == []
     common.fetch(f"{address}/right", path, right)
     assert path.read_bytes() == Server.content and list(path.parent.iterdir()) == [path]
-    common.fetch(
-        f"{address}/gone", path, hashlib.sha256(Server.content).hexdigest()
-    )  # is there: nothing is asked for
+    common.fetch(f"{address}/gone", path, hashlib.sha256(Server.content).hexdigest())  # is there: nothing is asked for
 
 
 def test_a_damaged_file_put_there_by_hand_is_refused(tmp_path):
@@ -142,9 +136,7 @@ def test_the_headline_command_without_a_network_ends_in_one_line_with_code_2(mon
     assert time.perf_counter() - start < 10
 
 
-def test_an_archive_without_the_expected_folder_or_an_interrupted_unpacking_leaves_no_folder(
-    monkeypatch, tmp_path
-):
+def test_an_archive_without_the_expected_folder_or_an_interrupted_unpacking_leaves_no_folder(monkeypatch, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.txt").write_text("x")
     archive = tar(tmp_path / "other", tmp_path / "cifar-100-python.tar.gz")
@@ -184,9 +176,7 @@ def test_cifar_is_read_from_its_archive(monkeypatch, tmp_path, name):
     make_cifar(monkeypatch, tmp_path, name, per_class=2)
     data = load_data(name, str(tmp_path))
     n = 2 * len(data.classes)
-    pixels = np.random.RandomState(0).randint(
-        0, 256, (n, 3072), dtype=np.uint8
-    )  # the first numbers make_cifar draws
+    pixels = np.random.RandomState(0).randint(0, 256, (n, 3072), dtype=np.uint8)  # the first numbers make_cifar draws
     np.testing.assert_array_equal(data.train.x, pixels.reshape(n, 3, 32, 32))
     np.testing.assert_array_equal(data.train.y, np.arange(n) % len(data.classes))
     assert len(data.test) == 10 and data.classes[:2] == ["class 00", "class 01"]
@@ -227,11 +217,7 @@ def test_stl10_has_its_unlabeled_images_in_the_training_part(monkeypatch, tmp_pa
         monkeypatch.setattr(torchvision.datasets.STL10, attribute, rows)
     adopt(monkeypatch, "stl10", tar(folder, tmp_path / "stl10_binary.tar.gz"))
     data = load_data("stl10", str(tmp_path))
-    assert (
-        data.train.y.tolist() == [9, 0, 1, -1, -1]
-        and data.test.y.tolist() == [2, 3]
-        and data.classes == names
-    )
+    assert data.train.y.tolist() == [9, 0, 1, -1, -1] and data.test.y.tolist() == [2, 3] and data.classes == names
     np.testing.assert_array_equal(data.train.x, np.concatenate([images["train"], images["unlabeled"]]))
 
 
@@ -285,10 +271,7 @@ def make_flowers102(monkeypatch, root: Path, num_test: int = 102) -> list[int]:
     savemat(folder / "setid.mat", {"trnid": train[None], "valid": val[None], "tstid": test[None]})
     archive = tar(folder / "jpg", folder / "102flowers.tgz")
     adopt(monkeypatch, "flowers102", archive, folder / "imagelabels.mat", folder / "setid.mat")
-    sums = {
-        key: (file, md5(folder / file))
-        for key, (file, _) in torchvision.datasets.Flowers102._file_dict.items()
-    }
+    sums = {key: (file, md5(folder / file)) for key, (file, _) in torchvision.datasets.Flowers102._file_dict.items()}
     monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", sums)
     return [*train.tolist(), *val.tolist()]
 
@@ -298,9 +281,7 @@ def test_flowers102_trains_on_train_and_val(monkeypatch, tmp_path):
     data = load_data("flowers102", str(tmp_path))
     assert [Path(file).name for file in data.train.files] == [f"image_{i:05d}.jpg" for i in ids]
     assert data.train.y.tolist() == list(range(102)) and data.test.y.tolist() == list(range(102))
-    assert (
-        data.classes[0] == "pink primrose" and data.classes[48] == "oxeye daisy" and len(data.classes) == 102
-    )
+    assert data.classes[0] == "pink primrose" and data.classes[48] == "oxeye daisy" and len(data.classes) == 102
 
 
 def test_eurosat_keeps_the_last_fifth_of_every_class_for_test(monkeypatch, tmp_path):
@@ -316,11 +297,7 @@ def test_eurosat_keeps_the_last_fifth_of_every_class_for_test(monkeypatch, tmp_p
     assert data.train.x.shape == (40, 3, 32, 32) and data.test.x.shape == (10, 3, 32, 32)
     assert [Path(file).stem for file in data.test.files] == [f"{name}_5" for name in folders]
     assert data.test.y.tolist() == list(range(10))
-    assert (
-        data.classes[2] == "brushland or shrubland"
-        and data.classes[9] == "lake or sea"
-        and len(data.classes) == 10
-    )
+    assert data.classes[2] == "brushland or shrubland" and data.classes[9] == "lake or sea" and len(data.classes) == 10
 
 
 def test_resisc45_takes_its_test_part_from_the_list(monkeypatch, tmp_path):
@@ -412,15 +389,11 @@ def test_pictures_of_every_mode_are_read_as_what_they_show(tmp_path):
         np.testing.assert_array_equal(pixels(name, image), np.repeat(gray[:, :, None], 3, axis=2))
     np.testing.assert_array_equal(pixels("bits.png", rgb.convert("1")).max(), 255)
     clear = rgb.convert("RGBA")
-    clear.putalpha(
-        Image.fromarray((red[:, :, 0] > 0).astype(np.uint8) * 255)
-    )  # the black part is transparent
+    clear.putalpha(Image.fromarray((red[:, :, 0] > 0).astype(np.uint8) * 255))  # the black part is transparent
     expected = np.where(red.any(axis=2, keepdims=True), red, 255)
     np.testing.assert_array_equal(pixels("clear.png", clear), expected)
     index = rgb.quantize(8)
-    np.testing.assert_array_equal(
-        pixels("clear_index.png", index, transparency=index.getpixel((20, 5))), expected
-    )
+    np.testing.assert_array_equal(pixels("clear_index.png", index, transparency=index.getpixel((20, 5))), expected)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     turned = pixels("turned.png", rgb, exif=exif)
@@ -453,9 +426,7 @@ def test_a_folder_of_pictures_of_every_mode_and_size(tmp_path, capsys):
     assert data.train.y.tolist() == [0] * 3 + [1] * 3 + [-1] * 7 and data.test.y.tolist() == [0, 0, 1, 1]
     assert data.train.x.shape == (13, 3, 256, 256) and data.test.x.shape == (4, 3, 224, 224)
     assert "2 unreadable" in said and "broken.jpg" in said and "cut.jpg" in said and "DS_Store" not in said
-    for file, x in zip(
-        data.train.files, data.train.x, strict=True
-    ):  # the gaps of the unreadable ones are closed
+    for file, x in zip(data.train.files, data.train.x, strict=True):  # the gaps of the unreadable ones are closed
         np.testing.assert_array_equal(x.transpose(1, 2, 0), np.asarray(squash(common.read_picture(file))))
     again = load_data(str(root), str(tmp_path / "data"))
     assert "unreadable" not in capsys.readouterr().out  # listed once
@@ -481,9 +452,7 @@ def test_test_pictures_in_the_training_part_are_refused_with_the_count_however_t
     for file in (root / "unlabeled").iterdir():
         file.unlink()
     assert len(load_data(str(root), str(tmp_path / "data")).train) == 6
-    shutil.copy(
-        root / "train/cat/00.png", root / "test/cat/later.png"
-    )  # the stored training part is old by now
+    shutil.copy(root / "train/cat/00.png", root / "test/cat/later.png")  # the stored training part is old by now
     with pytest.raises(UserError, match="1 pictures of the training part"):
         load_data(str(root), str(tmp_path / "data"))
 
@@ -588,9 +557,7 @@ def test_resized_crops_are_drawn_like_torchvisions():
     torch.manual_seed(0)
     n = 1200
     ramp = torch.arange(256, dtype=torch.uint8).expand(1, 1, 256, 256)  # the gray value is the column
-    theirs = torch.tensor(
-        [RandomResizedCrop.get_params(ramp[0], [0.08, 1], [3 / 4, 4 / 3]) for _ in range(n)]
-    ).float()
+    theirs = torch.tensor([RandomResizedCrop.get_params(ramp[0], [0.08, 1], [3 / 4, 4 / 3]) for _ in range(n)]).float()
     x, rows = torch.cat([ramp, ramp.mT], dim=1).expand(200, -1, -1, -1), []
     for _ in range(n // 200):
         u, u_area = torch.rand(200, 3), torch.rand(200, common.AREA_DRAWS)
@@ -616,9 +583,7 @@ def test_every_image_of_a_batch_has_its_own_parameters_and_views_depend_on_nothi
     whole = common.strong_augment(x, u, 224, 0, 1)
     for i in (0, 3, 4):
         alone = common.strong_augment(x[i : i + 1], u[i : i + 1], 224, 0, 1)
-        assert (
-            whole[i].int() - alone[0].int()
-        ).abs().max() <= 1  # matrix products may round in another order
+        assert (whole[i].int() - alone[0].int()).abs().max() <= 1  # matrix products may round in another order
     same = common.strong_augment(x[:1].expand(5, -1, -1, -1), u, 224, 0, 1)
     assert len({bytes(row.numpy()) for row in same}) == 5
 

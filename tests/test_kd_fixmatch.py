@@ -127,8 +127,7 @@ def test_assignment_target_and_kl_match_a_calculation_by_hand():
     expected = torch.tensor([[23.2 / 24.2, 1 / 24.2], [5.8 / 9.8, 4 / 9.8]])
     torch.testing.assert_close(p, expected)
     kl = sum(
-        p_ik * LN(p_ik / q_ik)
-        for p_ik, q_ik in zip(expected.flatten().tolist(), q.flatten().tolist(), strict=True)
+        p_ik * LN(p_ik / q_ik) for p_ik, q_ik in zip(expected.flatten().tolist(), q.flatten().tolist(), strict=True)
     )
     assert kd.loss_dec(q, p).item() == pytest.approx(kl / 2, rel=1e-4)
 
@@ -222,9 +221,7 @@ def test_clustering_makes_assignments_surer_and_returns_the_surest(run):
     f = (features - features.mean(dim=0)).double().numpy()
     f = f / np.sqrt((f**2).sum(axis=1).mean())
     _, _, before = numpy_kl(f, np.eye(8), np.stack([f[truth == k].mean(axis=0) for k in (2, 5, 7)]), None)
-    _, _, after = numpy_kl(
-        f, *(state["dec"][name].double().numpy() for name in ("projection", "centroids")), None
-    )
+    _, _, after = numpy_kl(f, *(state["dec"][name].double().numpy() for name in ("projection", "centroids")), None)
     assert after.max(axis=1).mean() > before.max(axis=1).mean() + 0.1
     assert np.array_equal(np.array([2, 5, 7])[after.argmax(axis=1)], found)
 
@@ -390,9 +387,7 @@ def test_a_run_reports_the_inner_network_the_outer_one_and_the_trusted_set(strai
     written = json.loads((folder / "result.json").read_text())
     assert {"test_acc", "test_acc_median20", "outer_acc", "seconds", "args", "trusted", "measured"} == set(written)
     assert written["args"].keys() == vars(kd.Args()).keys()
-    inner, outer = (
-        [r["test/acc"] for r in metrics(folder) if r["stage"] == s and "test/acc" in r] for s in (3, 1)
-    )
+    inner, outer = ([r["test/acc"] for r in metrics(folder) if r["stage"] == s and "test/acc" in r] for s in (3, 1))
     assert len(inner) == len(outer) == 2
     assert result["test_acc"] == inner[-1] and result["outer_acc"] == outer[-1]
     assert result["test_acc_median20"] == np.median(inner)
@@ -410,9 +405,7 @@ def test_a_run_reports_the_inner_network_the_outer_one_and_the_trusted_set(strai
 def test_the_saved_student_is_the_averaged_inner_network(straight):
     folder, result = straight
     student, _ = common.load_student(folder / "student")
-    views = common.Views(
-        common.load_data("digits", "data").test, common.preset_of("digits"), torch.device("cpu")
-    )
+    views = common.Views(common.load_data("digits", "data").test, common.preset_of("digits"), torch.device("cpu"))
     assert common.accuracy(common.predict(student, views), views.y) == result["test_acc"]
     assert torch.equal(student.head.weight, checkpoint(folder)["ema"]["module.head.weight"])
 
@@ -499,9 +492,7 @@ def test_a_run_without_any_trusted_label_goes_on_as_fixmatch(tmp_path, capsys):
 
 @pytest.mark.parametrize("how", ["killed", "signal"])
 @pytest.mark.parametrize("stage, step", [(1, 12), (1, 19), (2, 0), (2, 12), (2, 19), (3, 0), (3, 13)])
-def test_a_run_stopped_anywhere_resumes_to_the_same_weights(
-    straight, tmp_path, monkeypatch, capsys, how, stage, step
-):
+def test_a_run_stopped_anywhere_resumes_to_the_same_weights(straight, tmp_path, monkeypatch, capsys, how, stage, step):
     """killed: dies in that step, after the update, before anything is written. signal: SIGTERM came in that step."""
     real = common.Run.log
 
@@ -529,9 +520,7 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_weights(
     }
 
 
-def test_the_checkpoint_in_the_middle_of_clustering_holds_projection_centroids_and_step(
-    tmp_path, monkeypatch
-):
+def test_the_checkpoint_in_the_middle_of_clustering_holds_projection_centroids_and_step(tmp_path, monkeypatch):
     real = common.Run.log
 
     def stopping(self, at_stage, at_step, *args, **values):

@@ -46,9 +46,7 @@ def made_up(path, data, split="train", rows=None, header=()):
 
 def test_labels_written_are_labels_read(tmp_path):
     data, probs = image_data(), np.random.RandomState(1).dirichlet([1, 1, 1], 6)
-    pseudolabel.write_labels(
-        tmp_path / "a" / "b.jsonl", pseudolabel.header_of(data, "train", "t", "m"), probs
-    )
+    pseudolabel.write_labels(tmp_path / "a" / "b.jsonl", pseudolabel.header_of(data, "train", "t", "m"), probs)
     labels, read = read_labels(tmp_path / "a" / "b.jsonl", data, "train")
     assert np.array_equal(labels, probs.argmax(axis=1)) and np.abs(read - probs).max() < 1e-5
 
@@ -77,9 +75,7 @@ def test_a_file_cut_anywhere_is_continued_to_the_same_labels(tmp_path):
         path.write_bytes(whole[:length])
         pseudolabel.label(data, args)
         assert path.read_bytes() == whole
-    path.write_bytes(
-        whole[: header_end - 5]
-    )  # no label file as far as one can tell: it may be anything of the user's
+    path.write_bytes(whole[: header_end - 5])  # no label file as far as one can tell: it may be anything of the user's
     with pytest.raises(common.UserError, match="expected a first line"):
         pseudolabel.label(data, args)
     assert path.read_bytes() == whole[: header_end - 5]
@@ -268,7 +264,9 @@ def test_no_answer_breaks_the_parser(seed):
     rng = random.Random(seed)
 
     def text(low, high):
-        return "".join(chr(rng.choice([rng.randint(0, 127), rng.randint(0, 0xD7FF)])) for _ in range(rng.randint(low, high)))
+        return "".join(
+            chr(rng.choice([rng.randint(0, 127), rng.randint(0, 0xD7FF)])) for _ in range(rng.randint(low, high))
+        )
 
     classes = sorted({text(1, 6) for _ in range(rng.randint(1, 5))})
     answer = rng.choice([text(0, 30), text(0, 5) + rng.choice(classes) + text(0, 5)])
@@ -291,9 +289,7 @@ def numpy_1(path):
     with zipfile.ZipFile(path) as made, zipfile.ZipFile(old, "w") as out:
         for name in made.namelist():
             content = made.read(name)
-            out.writestr(
-                name, content.replace(b"numpy._core", b"numpy.core") if name.endswith("data.pkl") else content
-            )
+            out.writestr(name, content.replace(b"numpy._core", b"numpy.core") if name.endswith("data.pkl") else content)
     assert old.read_bytes() != path.read_bytes()
     return old
 
@@ -481,20 +477,14 @@ def test_clip_averages_an_ensemble_of_templates_and_takes_descriptions(tmp_path)
 def test_the_command_line_labels_digits_by_a_clip_folder(tmp_path, monkeypatch, capsys):
     """main() from beginning to end, the second run finding nothing to do."""
     folder = str(tiny_models.clip_model(tmp_path / "clip"))
-    args = Args(
-        dataset="digits", split="test", teacher="clip", model=folder, data_dir=str(tmp_path), batch_size=100
-    )
+    args = Args(dataset="digits", split="test", teacher="clip", model=folder, data_dir=str(tmp_path), batch_size=100)
     result = pseudolabel.main(args)
     assert result["path"] == str(tmp_path / "labels" / "digits-test-clip.jsonl")
     assert result["labeled"] == result["known"] == result["with_probs"] == 500 and result["abstentions"] == 0
     low, high = result["interval"]
     assert low < result["accuracy"] < high
     header = read_rows(Path(result["path"]))[0]
-    assert (
-        header["model"] == folder
-        and header["prompt"] == "This is a photo of {label}."
-        and header["prompt_hash"]
-    )
+    assert header["model"] == folder and header["prompt"] == "This is a photo of {label}." and header["prompt_hash"]
     assert f"accuracy {result['accuracy']:.2f} % (95 % interval" in capsys.readouterr().out
     before = Path(result["path"]).read_bytes()
     monkeypatch.setattr(pseudolabel, "load_pretrained", None)
@@ -507,9 +497,7 @@ def one_by_one(folder, prompts, answers, special, end):
 
     tokenizer, rows = AutoTokenizer.from_pretrained(folder), []
     seq2seq = "t5" in str(folder)
-    model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(
-        folder, dtype=torch.float32
-    )
+    model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32)
     for prompt in prompts:
         scores = []
         for answer in answers:
@@ -541,15 +529,11 @@ def test_language_models_agree_with_pairs_asked_one_by_one(tmp_path, kind):
     if kind == "t5":
         folder = tiny_models.seq2seq_model(tmp_path / kind)
     else:
-        folder = tiny_models.causal_model(
-            tmp_path / kind, "llama" if kind == "chat" else kind, chat=kind == "chat"
-        )
+        folder = tiny_models.causal_model(tmp_path / kind, "llama" if kind == "chat" else kind, chat=kind == "chat")
     prompt = "Q: {text} ({options})\n"
     (tmp_path / "prompt").write_text(prompt)
     data = text_data(TEXTS)
-    probs = labeled(
-        data, tmp_path, teacher="text", model=str(folder), batch_size=3, prompt=str(tmp_path / "prompt")
-    )
+    probs = labeled(data, tmp_path, teacher="text", model=str(folder), batch_size=3, prompt=str(tmp_path / "prompt"))
     prompts = [prompt.strip().replace("{text}", text).replace("{options}", OPTIONS) for text in TEXTS]
     if kind == "chat":
         prompts = [f"<s>user: {prompt}<turn>\n<s>me: " for prompt in prompts]
@@ -569,9 +553,7 @@ def test_two_option_orders_are_averaged(tmp_path):
     orders = [one_by_one(folder, row, CLASSES, True, "</s>") for row in prompts]
     assert np.abs(orders[0] - orders[1]).max() > 1e-3
     assert labeled(data, tmp_path, **args) == pytest.approx(orders[0], abs=2e-4)
-    assert labeled(data, tmp_path, **args, order_swaps=2) == pytest.approx(
-        (orders[0] + orders[1]) / 2, abs=2e-4
-    )
+    assert labeled(data, tmp_path, **args, order_swaps=2) == pytest.approx((orders[0] + orders[1]) / 2, abs=2e-4)
 
 
 def test_a_text_longer_than_the_model_takes_is_cut_before_the_options(tmp_path, monkeypatch):
@@ -583,18 +565,11 @@ def test_a_text_longer_than_the_model_takes_is_cut_before_the_options(tmp_path, 
         return real(model, ids, mask, answers)
 
     monkeypatch.setattr(pseudolabel, "answer_log_probs", spy)
-    labeled(
-        text_data(["word " * 3000, "short"]), tmp_path, teacher="text", model=str(folder), max_chars=100_000
-    )
+    labeled(text_data(["word " * 3000, "short"]), tmp_path, teacher="text", model=str(folder), max_chars=100_000)
     from transformers import AutoTokenizer
 
     text = AutoTokenizer.from_pretrained(folder).decode(seen[0])
-    assert (
-        400 < len(seen[0]) <= 512
-        and OPTIONS in text
-        and text.rstrip().endswith("Answer:")
-        and "word word" in text
-    )
+    assert 400 < len(seen[0]) <= 512 and OPTIONS in text and text.rstrip().endswith("Answer:") and "word word" in text
     with pytest.raises(common.UserError, match="the options alone are longer"):
         names = [f"class number {i}" for i in range(100)]
         labeled(text_data(["a"], names), tmp_path, teacher="text", model=str(folder))
@@ -632,9 +607,7 @@ def test_a_student_labels_new_data(tmp_path):
     data = common.load_data("digits", "")
     expected = common.predict(student, common.Views(data.test, preset, torch.device("cpu")))
     labels, probs = read_labels(result["path"], data, "test")
-    assert np.abs(probs - expected.numpy()).max() < 1e-4 and np.array_equal(
-        labels, expected.argmax(dim=1).numpy()
-    )
+    assert np.abs(probs - expected.numpy()).max() < 1e-4 and np.array_equal(labels, expected.argmax(dim=1).numpy())
     assert result["accuracy"] == pytest.approx(common.accuracy(expected, torch.from_numpy(data.test.y)))
     with torch.no_grad():
         student.head.bias += 1
@@ -649,9 +622,7 @@ def test_a_student_labels_new_data(tmp_path):
 def test_a_student_of_texts_labels_new_texts(tmp_path):
     """A run's folder alone is enough: tokenizer and configuration of the encoder are in it."""
     bert, data = str(tiny_models.encoder(tmp_path / "bert")), text_data(TEXTS)
-    (tmp_path / "new.jsonl").write_text(
-        "".join(json.dumps({"text": t or "none", "label": ""}) + "\n" for t in TEXTS)
-    )
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": t or "none", "label": ""}) + "\n" for t in TEXTS))
     preset = common.preset_of("new.jsonl")._replace(size=32)
     torch.manual_seed(0)
     student = common.build_student(bert, 0, 32, 5).eval()
@@ -712,9 +683,7 @@ def test_arguments_that_do_not_fit_are_one_clear_line(tmp_path, changes, message
 def test_more_classes_than_an_endpoint_gives_probabilities_for_are_refused(tmp_path):
     data = image_data(classes=[f"c{i}" for i in range(21)])
     with pytest.raises(common.UserError, match="--logprobs: 21 classes, at most 20"):
-        pseudolabel.label(
-            data, Args(teacher="chat", model="m", logprobs=True, output=str(tmp_path / "o.jsonl"))
-        )
+        pseudolabel.label(data, Args(teacher="chat", model="m", logprobs=True, output=str(tmp_path / "o.jsonl")))
 
 
 def test_the_one_complete_label_file_is_found(tmp_path):
@@ -729,9 +698,7 @@ def test_the_one_complete_label_file_is_found(tmp_path):
     test = made_up(folder / "pictures-test-clip.jsonl", data, "test")
     assert pseudolabel.default_labels(data, str(tmp_path)) == (train, test)
     made_up(folder / "pictures-train-text.jsonl", data)
-    with pytest.raises(
-        common.UserError, match="pictures-train-clip.jsonl.*pictures-train-text.jsonl.*--pseudolabels"
-    ):
+    with pytest.raises(common.UserError, match="pictures-train-clip.jsonl.*pictures-train-text.jsonl.*--pseudolabels"):
         pseudolabel.default_labels(data, str(tmp_path))
 
 

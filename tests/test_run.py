@@ -26,9 +26,7 @@ def labels(tmp_path_factory):
     """A label file of the digits' training part from a made-up but repeatable teacher."""
     data = common.load_data("digits", "data")
     rng = np.random.RandomState(0)
-    probs = (
-        rng.dirichlet(np.ones(10), len(data.train)) + 0.5 * np.eye(10)[rng.randint(0, 10, len(data.train))]
-    )
+    probs = rng.dirichlet(np.ones(10), len(data.train)) + 0.5 * np.eye(10)[rng.randint(0, 10, len(data.train))]
     path = tmp_path_factory.mktemp("labels") / "train.jsonl"
     pseudolabel.write_labels(
         path, pseudolabel.header_of(data, "train", "made up", "none"), probs / probs.sum(1, keepdims=True)
@@ -77,9 +75,7 @@ def test_a_run_leaves_everything_the_readme_names(straight):
         assert (folder / name).stat().st_size > 0, name
     written = json.loads((folder / "result.json").read_text())
     assert written["test_acc"] == result["test_acc"] and set(written["args"]) == set(vars(zeromatch.Args()))
-    assert None not in [
-        written["args"][k] for k in ("lr", "backbone", "num_steps", "ema_decay")
-    ]  # resolved values
+    assert None not in [written["args"][k] for k in ("lr", "backbone", "num_steps", "ema_decay")]  # resolved values
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     accs = [r["test/acc"] for r in rows if r["stage"] == 2 and "test/acc" in r]
     assert result["test_acc"] == accs[-1] and result["test_acc_median20"] == np.median(accs[-20:])
@@ -105,9 +101,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(straight
 
 
 @pytest.mark.parametrize("stage, step", [(1, 13), (1, 19), (2, 0), (2, 17)])
-def test_a_run_stopped_anywhere_resumes_to_the_same_weights(
-    straight, tmp_path, labels, monkeypatch, stage, step
-):
+def test_a_run_stopped_anywhere_resumes_to_the_same_weights(straight, tmp_path, labels, monkeypatch, stage, step):
     """Dies without notice at the given step, after its update and before anything is written."""
     real = common.Run.log
 
@@ -215,9 +209,7 @@ def test_shuffling_the_hidden_labels_changes_no_weight(straight, tmp_path, label
 )  # fmt: skip
 def test_ablations_and_options_run_and_change_the_weights(straight, tmp_path, labels, changes, parts):
     result = zeromatch.main(run_args(tmp_path, labels, num_steps=3, num_steps_stage1=2, **changes))
-    stages = {
-        json.loads(line)["stage"] for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
-    }
+    stages = {json.loads(line)["stage"] for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()}
     assert stages == {"no stage 2": {1}, "no stage 1": {2}, "": {1, 2}}[parts]
     assert (result["stage1_acc"] is None) == (parts == "no stage 1") and 0 <= result["test_acc"] <= 100
 
@@ -258,9 +250,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, labels):
         (["--lr", "-1"], "--lr.*-1"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--backbone", "resnet_1"], "resnet_1"),
-        (["--device", "cuda"], "cuda.*cpu")
-        if not torch.cuda.is_available()
-        else (["--uratio", "0"], "--uratio 0"),
+        (["--device", "cuda"], "cuda.*cpu") if not torch.cuda.is_available() else (["--uratio", "0"], "--uratio 0"),
         (["--resume", str(tmp_path / "none")], "--resume.*args.json"),
     ]:
         assert re.search(expected, fails_with_one_line(tmp_path, labels, *flags)), flags
@@ -271,9 +261,7 @@ def test_resuming_with_another_argument_is_refused(straight, tmp_path, labels):
     assert "--lr 0.5" in error and "new run" in error
 
 
-def test_a_loss_that_is_not_finite_names_term_and_step_and_keeps_the_checkpoint(
-    tmp_path, labels, monkeypatch
-):
+def test_a_loss_that_is_not_finite_names_term_and_step_and_keeps_the_checkpoint(tmp_path, labels, monkeypatch):
     real, calls = zeromatch.loss_consistency, []
 
     def broken(*args):
@@ -294,9 +282,7 @@ def test_checkpoints_hold_tensors_and_plain_python_only(straight):
 
 def test_importing_a_script_has_no_side_effect(tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import zeromatch; assert 'transformers' not in sys.modules"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == [], done.stderr
 
 

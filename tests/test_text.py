@@ -45,9 +45,7 @@ def sentences(topic: str, n: int, seed: int = 0) -> list[str]:
     rng = random.Random(f"{topic}/{seed}")
     anywhere = WORDS["tea"] + WORDS["sea"]
     return [
-        " ".join(
-            rng.choice(WORDS[topic] if rng.random() < 0.67 else anywhere) for _ in range(rng.randint(5, 9))
-        )
+        " ".join(rng.choice(WORDS[topic] if rng.random() < 0.67 else anywhere) for _ in range(rng.randint(5, 9)))
         + f" no {seed} {k}"
         for k in range(n)
     ]
@@ -151,9 +149,7 @@ def test_a_damaged_jsonl_names_the_row(tmp_path):
 
 
 def test_half_a_surrogate_pair_does_not_stop_anything(tmp_path, tiny):
-    (tmp_path / "my.jsonl").write_text(
-        '{"text": "tea \\ud83d cup", "label": "a"}\n{"text": "x", "label": "b"}\n'
-    )
+    (tmp_path / "my.jsonl").write_text('{"text": "tea \\ud83d cup", "label": "a"}\n{"text": "x", "label": "b"}\n')
     train = load_data(str(tmp_path / "my.jsonl"), "").train
     assert train.texts[0] == "tea ? cup" and len(train.hashes()) == 2
     assert len(views_of(tiny, train.texts)) == 2
@@ -195,9 +191,7 @@ def test_a_text_that_occurs_twice_is_never_held_out(tmp_path):
 def test_test_texts_in_the_pool_are_refused_with_their_number(tmp_path):
     train = write_csv(tmp_path / "my.csv", [("one", "a"), ("two", ""), ("three", "b")])
     test = write_csv(tmp_path / "t.csv", [("four", "a"), ("two", "b"), (" three\n", "b"), ("Two", "b")])
-    with pytest.raises(
-        UserError, match=r"t.csv: 2 of its 4 texts also stand in .*my.csv \(first: row 2\).*delete"
-    ):
+    with pytest.raises(UserError, match=r"t.csv: 2 of its 4 texts also stand in .*my.csv \(first: row 2\).*delete"):
         load_data(train, "", test)
     good = load_data(train, "", write_csv(tmp_path / "g.csv", [("four", "b"), ("Two", "b")]))
     assert good.test.y.tolist() == [1, 1]
@@ -225,9 +219,7 @@ def make_archive(folder, per_class, classes, extra_train=()):
         for member, n in (("train", per_class), ("test", per_class // 2)):
             rows = [(k + 1, f"{member} {k} {i}", f"body {i}") for i in range(n) for k in range(classes)]
             rows += list(extra_train) if member == "train" else []
-            text = "".join(
-                ",".join('"' + str(v).replace('"', '""') + '"' for v in row) + "\n" for row in rows
-            )
+            text = "".join(",".join('"' + str(v).replace('"', '""') + '"' for v in row) + "\n" for row in rows)
             info = tarfile.TarInfo(f"ag_news_csv/{member}.csv")
             info.size = len(text.encode())
             tar.addfile(info, io.BytesIO(text.encode()))
@@ -241,18 +233,14 @@ def small_ag_news(tmp_path, monkeypatch):
         folder = tmp_path / "data" / "ag_news"
         make_archive(folder, *args)
         sha256 = hashlib.sha256((folder / "ag_news_csv.tgz").read_bytes()).hexdigest()
-        monkeypatch.setitem(
-            TEXT_SETS, "ag_news", (TEXT_SETS["ag_news"][0], sha256, "a, b, c, d", (6, 2, 3), "\\")
-        )
+        monkeypatch.setitem(TEXT_SETS, "ag_news", (TEXT_SETS["ag_news"][0], sha256, "a, b, c, d", (6, 2, 3), "\\"))
         return folder
 
     return make
 
 
 def test_an_archive_becomes_a_fixed_balanced_draw_without_test_texts(small_ag_news):
-    copies = [
-        (k + 1, f"test {k} {i}", f"body {i}") for k in range(4) for i in range(4)
-    ]  # the whole test part
+    copies = [(k + 1, f"test {k} {i}", f"body {i}") for k in range(4) for i in range(4)]  # the whole test part
     folder = small_ag_news(8, 4, copies)
     data = load_data("ag_news", str(folder.parent))
     assert np.bincount(data.train.y).tolist() == [6] * 4 and np.bincount(data.test.y).tolist() == [3] * 4
@@ -267,11 +255,7 @@ def test_an_archive_becomes_a_fixed_balanced_draw_without_test_texts(small_ag_ne
 
 
 def test_archive_texts_are_decoded_and_training_texts_keep_their_last_1024_characters(small_ag_news):
-    rows = [
-        (k + 1, f'A "{k}{i}" title', "dwindling\\band " + "x" * 2000 + "end")
-        for k in range(4)
-        for i in range(8)
-    ]
+    rows = [(k + 1, f'A "{k}{i}" title', "dwindling\\band " + "x" * 2000 + "end") for k in range(4) for i in range(8)]
     archive = small_ag_news(0, 4, rows) / "ag_news_csv.tgz"
     with tarfile.open(archive) as tar:
         assert b'""00""' in tar.extractfile("ag_news_csv/train.csv").read()
@@ -294,10 +278,7 @@ def test_a_damaged_archive_is_one_clear_line(tmp_path):
 def test_usb_files_give_back_translations_and_lose_test_texts_of_the_pool(tmp_path, capsys):
     folder = tmp_path / "yahoo_answers"
     folder.mkdir()
-    train = {
-        str(i): {"ori": f"q {i}", "aug_0": f"de {i}", "aug_1": f"ru {i}", "label": str(i % 10)}
-        for i in range(20)
-    }
+    train = {str(i): {"ori": f"q {i}", "aug_0": f"de {i}", "aug_1": f"ru {i}", "label": str(i % 10)} for i in range(20)}
     test = {str(i): {"ori": f"q {i}", "label": i % 10} for i in range(18, 30)}
     (folder / "train.json").write_text(json.dumps(train))
     (folder / "test.json").write_text(json.dumps(test))
@@ -511,9 +492,7 @@ def test_a_backbone_that_is_no_encoder_is_one_clear_line(tmp_path, monkeypatch, 
     if kind == "decoder":
         from transformers import T5Config
 
-        T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=40).save_pretrained(
-            tmp_path
-        )
+        T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=40).save_pretrained(tmp_path)
     backbone = str(tmp_path / "none") if kind == "missing" else str(tmp_path)
     with pytest.raises(UserError, match=re.escape(backbone)) as caught:
         TextEncoder(backbone)

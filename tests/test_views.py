@@ -77,9 +77,7 @@ def test_every_operation_equals_pillows(name, channels, size):
         assert difference.max() <= 1
     # The comparison means something: the operation changes images, except a gray image's color, and
     # Equalize on 64 pixels, where Pillow's integer step is 0.
-    idle = (
-        name == "Identity" or (name == "Color" and channels == 1) or (name == "Equalize" and size == (8, 8))
-    )
+    idle = name == "Identity" or (name == "Color" and channels == 1) or (name == "Equalize" and size == (8, 8))
     assert (ours != x).any() != idle
 
 
@@ -147,9 +145,7 @@ def test_strong_view_differs_from_weak_and_is_a_function_of_its_draws():
     assert torch.equal(strong, common.strong_augment(x, u, 32, 4, True))
     weak = common.weak_augment(x, u[:, :3], 32, 4, True)
     assert (strong != weak).flatten(1).any(dim=1).float().mean() > 0.95
-    assert torch.equal(
-        strong[7:9], common.strong_augment(x[7:9], u[7:9], 32, 4, True)
-    )  # rows are independent
+    assert torch.equal(strong[7:9], common.strong_augment(x[7:9], u[7:9], 32, 4, True))  # rows are independent
 
 
 def test_views_normalize_with_the_presets_statistics():

@@ -76,17 +76,13 @@ def test_distillation_loss_of_an_abstaining_teacher_is_zero_and_counts():
     assert zm.loss_distillation(logits.detach(), torch.tensor([-1, -1])).item() == 0  # not NaN
 
 
-def reference_step(
-    logits_lb, logits_w, logits_s, kd_lb, kd_w, y, zs_lb, zs_ulb, p_lb, p_ulb, decay, tau, ramp
-):
+def reference_step(logits_lb, logits_w, logits_s, kd_lb, kd_w, y, zs_lb, zs_ulb, p_lb, p_ulb, decay, tau, ramp):
     """One stage-2 step row by row in float64, written from the description of the published code."""
     soft = lambda row: np.exp(row - row.max()) / np.exp(row - row.max()).sum()  # noqa: E731
     ce = lambda row, k: -np.log(soft(row)[k])  # noqa: E731
     probs_lb, probs_w = [soft(r) for r in logits_lb], [soft(r) for r in logits_w]
     p_lb = decay * p_lb + (1 - decay) * np.mean(probs_lb, axis=0)
-    p_ulb = (
-        np.mean(probs_w, axis=0) if p_ulb is None else decay * p_ulb + (1 - decay) * np.mean(probs_w, axis=0)
-    )
+    p_ulb = np.mean(probs_w, axis=0) if p_ulb is None else decay * p_ulb + (1 - decay) * np.mean(probs_w, axis=0)
     threshold = tau * np.mean([p.max() for p in probs_lb])
     unsup = 0.0
     for weak, strong in zip(probs_w, logits_s):

@@ -49,15 +49,11 @@ def causal_model(folder, kind="llama", chat=False):
     torch.manual_seed(0)
     if kind == "llama":
         shape = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
-        config = t.LlamaConfig(
-            vocab_size=len(made), intermediate_size=64, max_position_embeddings=512, **shape, **ids
-        )
+        config = t.LlamaConfig(vocab_size=len(made), intermediate_size=64, max_position_embeddings=512, **shape, **ids)
         model = t.LlamaForCausalLM(config)
     elif kind == "mistral":  # a cache that keeps only a window
         shape = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
-        config = t.MistralConfig(
-            vocab_size=len(made), intermediate_size=64, sliding_window=16, **shape, **ids
-        )
+        config = t.MistralConfig(vocab_size=len(made), intermediate_size=64, sliding_window=16, **shape, **ids)
         model = t.MistralForCausalLM(config)
     else:  # learned positions: wrong ones change the answer
         config = t.GPT2Config(vocab_size=len(made), n_layer=2, n_head=2, n_embd=32, n_positions=512, **ids)
@@ -101,9 +97,7 @@ def clip_model(folder, kind="clip"):
     torch.manual_seed(0)
     shape = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=64)
     text = dict(vocab_size=len(made), max_position_embeddings=64, **shape)
-    text |= dict(
-        eos_token_id=made.eos_token_id, bos_token_id=made.bos_token_id, pad_token_id=made.pad_token_id
-    )
+    text |= dict(eos_token_id=made.eos_token_id, bos_token_id=made.bos_token_id, pad_token_id=made.pad_token_id)
     vision = dict(image_size=32, patch_size=8, **shape)
     size = {"height": 32, "width": 32}
     if kind == "clip":
