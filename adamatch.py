@@ -85,7 +85,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: the best there is."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of the forward pass; losses are always float32. auto: bf16 where it is native."""
+    """Precision of the forward pass; losses are always float32. auto: bf16 where it is native and faster."""
     compile: bool = False
     """Compile the student with torch.compile: slow first step, then faster, mostly on GPUs."""
     log_every: int = 20

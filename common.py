@@ -922,7 +922,8 @@ def measured_part(data: Data, y_zs: np.ndarray | None = None) -> tuple[Split | T
     if data.test is not None:
         return data.test, "test_acc"
     labels, measured = (data.train.y, "labeled_acc") if y_zs is None else (y_zs, "agreement")
-    shown = np.flatnonzero(labels >= 0)[:2000]
+    known = np.flatnonzero(labels >= 0)  # pictures stand class by class
+    shown = np.sort(np.random.RandomState(0).permutation(known)[:2000])
     part = data.train.take(shown)
     part.y = labels[shown]
     return part, measured
@@ -1130,7 +1131,7 @@ class Geometry:
             coefficients[:, place] = value
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
-        coefficients = torch.eye(2, 3).flatten().repeat(len(x), 1)
+        coefficients = torch.eye(2, 3, device=x.device).flatten().repeat(len(x), 1)
         self.fill(coefficients, x, v)
         return affine(x, coefficients)
 
@@ -1875,11 +1876,12 @@ class Run:
             self.history, self.pending = self.state["history"], self.state["pending"]
         if not resume:
             self.write_json("args.json", args)
-        self.write_json("env.json", environment(device))
+        self.write_json("env.json", environment(device) | {"autocast": str(dtype or "off")})
         self._drop_metrics_after(self.state["stage"], self.state["step"])
         self.board = tensorboard_writer(self.folder) if args.get("tensorboard") and not RANK else None
         self.metrics = open(os.devnull if RANK else self.folder / "metrics.jsonl", "a")
         self.start = self.saved = self.mark = time.perf_counter()
+        self.timed = 0  # steps since self.mark
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._note_signal)
@@ -1913,17 +1915,20 @@ class Run:
         self.p_labeled = torch.from_numpy(np.bincount(y_lb, minlength=len(data.classes)) / len(y_lb))
         self.counts = self.state.get("counts", torch.zeros(len(data.classes), device=self.device))
         n, labels, tests = len(data.train), len(labeled), 0 if data.test is None else len(data.test)
-        steps, batch, uratio = args["num_steps"], args["batch_size"], args["uratio"]
-        passes = steps * batch / labels, steps * uratio * batch / n
+        batch, rows = args["batch_size"], 0 if args.get("supervised_only") else args["uratio"] * args["batch_size"]
+        steps, warm_up, stages = args["num_steps"], args.get("num_steps_stage1"), args.get("stages", "both")
         print(f"torch {torch.__version__} on {self.device}, autocast {self.dtype or 'off'}, run folder {self.folder}")
         print(f"{labels} labeled, {n} unlabeled (labeled included), {tests} test, {len(data.classes)} classes")
         print(f"labels of a class: {class_counts(y_lb, data.classes)}")
         if y_zs is not None:
             print(f"teacher's labels of a class: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
             print(f"teacher right on labeled examples: {share_right(int((y_zs[labeled] == y_lb).sum()), labels)}")
-        print(f"plan: {steps} steps x ({batch} labeled + {uratio * batch} unlabeled): ", end="")
-        print(f"{passes[0]:.0f} passes over the labels, {passes[1]:.1f} over the pool", end="")
-        print(f"; before it {args['num_steps_stage1']} steps of stage 1" if args.get("num_steps_stage1") else "")
+        said = [f"{warm_up} steps of stage 1: {warm_up * rows / n:.1f} passes over the pool"] if warm_up else []
+        said += [
+            f"{steps} steps x ({batch} labeled + {rows} unlabeled): {steps * batch / labels:.0f} passes over the labels, "
+            f"{steps * rows / n:.1f} over the pool"
+        ]
+        print("plan:", "; then ".join({"1": said[:1], "2": said[-1:]}.get(stages, said)))
         print(f"measured at evaluations: {MEASURED[measured][1]}")
         print("  ".join(f"{name} {value}" for name, value in args.items() if value is not None), flush=True)
         write_atomically(self.folder / "labeled_idx.txt", "".join(f"{i}\n" for i in labeled).encode())
@@ -1938,7 +1943,7 @@ class Run:
 
     def restore(self, stage: int, parts: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """(first step, state): the checkpoint's if it was written in this stage, else (0, {})."""
-        self.mark = time.perf_counter()
+        self.mark, self.timed = time.perf_counter(), 0
         if self.state["stage"] != stage:
             return 0, {}
         try:
@@ -1962,7 +1967,8 @@ class Run:
         self.pending.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
         if pseudo_label is not None:
             self.counts.index_add_(0, pseudo_label, mask)
-        if len(self.pending) == 3 and f"time {stage}" not in self.warned:
+        self.timed += 1
+        if self.timed == 3 and f"time {stage}" not in self.warned:
             seconds = (num_steps - step) * (time.perf_counter() - self.mark) / 3
             self.warned.add(f"time {stage}")
             hours, said = seconds / 3600, f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
@@ -1973,7 +1979,7 @@ class Run:
                 print(f"stage {stage} takes about {said}", flush=True)
         if (step + 1) % log_every and step + 1 < num_steps:
             return
-        rate = len(self.pending) / (time.perf_counter() - self.mark)
+        rate = self.timed / (time.perf_counter() - self.mark)
         self.means = means = self._means(stage, step)
         self._write(stage, step, {f"train/{name}": mean for name, mean in means.items()} | {"time/step_per_s": rate})
         left = f"{rate:.3g} step/s, {(num_steps - step - 1) / rate:.0f} s left"
@@ -1984,7 +1990,7 @@ class Run:
                 "idle", f"no unlabeled example above the threshold for {self.idle} steps: only labels teach; try a "
                 "lower threshold (--tau), a higher --lr, more labels or pre-trained weights",
             )  # fmt: skip
-        self.pending, self.mark = [], time.perf_counter()
+        self.pending, self.mark, self.timed = [], time.perf_counter(), 0
 
     def warn(self, about: str, said: str) -> None:
         """Print a warning, once a run."""
@@ -2081,6 +2087,7 @@ class Run:
         torch.save(state, buffer)
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
         self.saved = self.mark = time.perf_counter()
+        self.timed = 0
         if agreed(bool(self.signal)):
             raise KeyboardInterrupt(self.folder)
 

@@ -40,7 +40,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -76,7 +75,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: the best there is."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of the forward pass; losses are always float32. auto: bf16 where it is native."""
+    """Precision of the forward pass; losses are always float32. auto: bf16 where it is native and faster."""
     compile: bool = False
     """Compile the student with torch.compile: slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
@@ -218,8 +217,9 @@ def loss_robust(name: str, logits_ulb_s: Tensor, target: Tensor, counts: Tensor,
     [B_u, K], [B_u] int64, [B_u] -> scalar. ce: that of stage 1."""
     if name == "ce":
         return loss_consistency(logits_ulb_s, target, counts)
-    losses = {"sce": partial(sce, alpha=alpha, beta=beta), "mae": mae, "nce": nce, "gce": gce}
-    return (losses[name](logits_ulb_s, target) * counts).mean()
+    if name == "sce":
+        return (sce(logits_ulb_s, target, alpha, beta) * counts).mean()
+    return ({"mae": mae, "nce": nce, "gce": gce}[name](logits_ulb_s, target) * counts).mean()
 
 
 # ---------------------------------------------------------------------------- training

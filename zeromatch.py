@@ -81,7 +81,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: the best there is."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of the forward pass; losses are always float32. auto: bf16 where it is native."""
+    """Precision of the forward pass; losses are always float32. auto: bf16 where it is native and faster."""
     compile: bool = False
     """Compile the student with torch.compile: slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
@@ -120,7 +120,7 @@ class Args:
     stages: Literal["both", "1", "2"] = "both"
     """1: pseudo-supervision only. 2: no warm-up. both: ZeroMatch."""
     tau: float = 0.95
-    """Relative threshold in (0, 1]: multiplies the mean confidence on the labeled batch."""
+    """Relative threshold in [0, 1]: multiplies the mean confidence on the labeled batch."""
     lambda_u: float = 1.0
     """Weight of loss_u."""
     lambda_p: float = 1.0
@@ -196,9 +196,10 @@ def loss_distillation(logits: Tensor, y_zs: Tensor) -> Tensor:
 
 
 def update_confusion(joint: Tensor | None, probs: Tensor, y_zs: Tensor) -> Tensor:
-    """J[y, j] <- 0.98 J[y, j] + 0.02 / n * sum_i probs_iy [y_zs_i = j], the share of (class, teacher's answer).
+    """J[y, j] <- (1 - 0.02 a) J[y, j] + 0.02 / n * sum_i probs_iy [y_zs_i = j], the share of (class, answer).
 
-    [K, K] or None (classes alike, 0.4 of the answers guessed), [n, K], [n] int64, -1 not counted -> [K, K]."""
+    a: share of rows with an answer, not -1. Rate and start (0.4 of the answers guessed) are choices made here.
+    [K, K] or None, [n, K], [n] int64 -> [K, K]."""
     K = probs.shape[1]
     joint = (0.6 * torch.eye(K, device=probs.device) + 0.4 / K) / K if joint is None else joint
     says = F.one_hot(y_zs + 1, K + 1)[:, 1:].float()  # a row of zeros for no answer
@@ -210,7 +211,7 @@ def fuse(probs: Tensor, y_zs: Tensor, joint: Tensor, beta: float) -> Tensor:
 
     T are the rows of joint [K, K], each scaled to sum to 1 (Dawid and Skene's model of an annotator).
     [n, K], [n] int64 -> [n, K]; a row with y_zs_i = -1 stays."""
-    T = joint / joint.sum(dim=1, keepdim=True)
+    T = joint / joint.sum(dim=1, keepdim=True).clamp(min=1e-30)
     witness = torch.where(y_zs[:, None] >= 0, T.T[y_zs] ** beta, 1)
     return F.normalize(probs * witness, p=1, dim=1)
 
@@ -354,10 +355,13 @@ def main(args: Args) -> dict[str, Any]:
     data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
     labels_train, labels_test = args.pseudolabels, args.pseudolabels_test
-    if labels_train is None and labels_test is not None:
-        raise UserError("--pseudolabels-test needs --pseudolabels")
+    if args.stages == "1" and args.fusion:
+        raise UserError("--fusion changes stage 2 only; leave it out with --stages 1")
     if labels_train is None:
-        labels_train, labels_test = default_labels(data, args.data_dir)
+        if labels_test is not None:
+            raise UserError("--pseudolabels-test needs --pseudolabels")
+        labels_train, labels_test = map(str, default_labels(data, args.data_dir))
+        args = replace(args, pseudolabels=labels_train, pseudolabels_test=labels_test)  # kept in args.json
     zero_shot, _ = read_labels(labels_train, data, "train")
     teacher_acc = None
     if labels_test:

@@ -83,6 +83,8 @@ def test_finished_runs_are_kept_and_those_of_another_teacher_apart(tmp_path, mon
     assert started == [(row, seed) for seed in (0, 1, 2) for row in ("AdaMatch", "ZeroMatch")]  # none twice
     assert b.accuracies(runs)["AdaMatch"] == {0: 90.0, 1: 91.0, 2: 92.0}
     assert len(b.finished_runs(tmp_path / "b.json", ("AdaMatch",), (0,), shared, None, 1)) == 1 and len(started) == 7
+    b.finished_runs(tmp_path / "a.json", ("AdaMatch",), (0,), shared, 700, 1)
+    assert len(started) == 8  # with other numbers of steps it is another run
     folders = {b.run_folder(tmp_path / "a.json", row, seed) for row in b.ROWS | b.EXTENSIONS for seed in (0, 1)}
     assert len(folders) == 2 * len(b.ROWS | b.EXTENSIONS)
 

@@ -42,7 +42,7 @@ def test_one_screen_says_what_will_be_done_with_what(run, capsys):
                  "teacher's labels of a class: dog 3, cat 1, cow 1; none: 1",
                  "teacher right on labeled examples: 75.00 % (95 % interval 30.06 to 95.44) of 4",
                  "1000 steps x (2 labeled + 6 unlabeled): 500 passes over the labels, 1000.0 over the pool",
-                 "before it 500 steps of stage 1", "no test part, agreement with the teacher"):  # fmt: skip
+                 "plan: 500 steps of stage 1: 500.0 passes over the pool; then 1000", "no test part, agreement with the teacher"):  # fmt: skip
         assert said in out, said
     assert len(out.splitlines()) < 15
 
@@ -122,3 +122,16 @@ def test_without_tensorboard_one_line_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(common.UserError, match="pip install tensorboard"):
         common.Run(str(tmp_path), "test", {"resume": None, "tensorboard": True}, torch.device("cpu"), None)
+
+
+def test_steps_a_second_count_the_steps_since_the_clock_was_set(run, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    run.mark, run.timed = now[0], 0
+    for step in range(10):
+        now[0] += 0.5
+        run.log(2, step, 1000, 10, "", loss=torch.tensor(1.0))
+        if step == 6:  # a checkpoint, which is not time of steps
+            run.save(2, step, {})
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["time/step_per_s"] for row in rows if "time/step_per_s" in row] == [2.0]

@@ -210,6 +210,9 @@ def test_shuffling_the_hidden_labels_changes_no_weight(straight, tmp_path, label
 def test_ablations_and_options_run_and_change_the_weights(straight, tmp_path, labels, changes, parts):
     result = zeromatch.main(run_args(tmp_path, labels, num_steps=3, num_steps_stage1=2, **changes))
     stages = {json.loads(line)["stage"] for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()}
+    zeromatch.main(run_args(tmp_path / "plain", labels, num_steps=3, num_steps_stage1=2))
+    changed, plain = (final_weights(only_run(at))[0] for at in (tmp_path, tmp_path / "plain"))
+    assert any(k not in plain or plain[k].shape != v.shape or not torch.equal(plain[k], v) for k, v in changed.items())
     assert stages == {"no stage 2": {1}, "no stage 1": {2}, "": {1, 2}}[parts]
     assert (result["stage1_acc"] is None) == (parts == "no stage 1") and 0 <= result["test_acc"] <= 100
 
