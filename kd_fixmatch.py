@@ -398,7 +398,7 @@ def main(args: Args) -> dict[str, Any]:
     if run.state["stage"] < 2:
         outer = train(1, outer, labeled_idx, y_lb_all, train_views, test, args, run)
     elif run.state["stage"] == 2:
-        outer.load_state_dict(run.state["outer"])
+        run.restore(2, {"outer": outer})
     evaluated, trusted = outer, None
     if not args.outer_only:
         y_outer = run.state["y_outer"] if run.state["stage"] == 3 else select_trusted(outer, train_views, args, run)

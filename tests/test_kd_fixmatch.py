@@ -553,3 +553,13 @@ def test_the_other_filters_resume_too(tmp_path, monkeypatch, how):
     folder = only_run(tmp_path / "cut")
     kd.main(kd.replace(kd.Args(**json.loads((folder / "args.json").read_text())), resume=str(folder)))
     assert same_weights(folder, whole)
+
+
+def test_a_checkpoint_of_another_run_in_the_clustering_stage_is_refused(tmp_path):
+    settings = dict(num_steps=2, eval_every=2, outer_only=True, runs_dir=str(tmp_path), data_dir=str(tmp_path))
+    kd.main(kd.Args(**settings))
+    (path,) = tmp_path.glob("kd*/checkpoint.pt")
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"stage": 2, "outer": {"other": torch.zeros(1)}}, path)
+    with pytest.raises(common.UserError, match="is not of this run"):
+        kd.main(kd.Args(**settings, resume=str(path.parent)))
