@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    MEASURED, PROCESSES, Run, TextViews, UserError, Views, accuracy, average, averaged_copy, batch_at, build_optimizer,
+    MEASURED, PROCESSES, Averaged, Run, TextViews, UserError, Views, accuracy, average, batch_at, build_optimizer,
     build_student, check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights,
     make_views, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device,
     student_config, uniform,
@@ -235,7 +235,7 @@ def train_adamatch(
     of `train`, labeled examples included. train.y beyond the labeled ones is read in the line that
     logs the pseudo-labels' accuracy, and nowhere else. y_zs [N, K], y_zs_test: only --feature-input."""
     optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
-    ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()
+    ema, scaler = Averaged(student, args.ema_decay), run.scaler()
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, state = run.restore(1, parts)
     net, num_classes, original = data_parallel(student), student.num_classes, args.variant == "original"
@@ -302,7 +302,7 @@ def train_adamatch(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        ema.update_parameters(student)
+        ema.update()
 
         line = "loss {loss:.3f} = s" if args.supervised_only else LINE
         run.log(1, step, args.num_steps, args.log_every, line, **values, lr=lr)

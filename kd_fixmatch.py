@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    MEASURED, PROCESSES, Run, TextViews, Views, accuracy, averaged_copy, batch_at, build_optimizer, build_student,
+    MEASURED, PROCESSES, Averaged, Run, TextViews, Views, accuracy, batch_at, build_optimizer, build_student,
     check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views,
     measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
 )  # fmt: skip
@@ -244,7 +244,7 @@ def train(
     tau, unsup_loss = (args.tau, "ce") if y_outer is None else (args.tau_inner, args.unsup_loss)  # A2
     y_outer = torch.full_like(train.y, -1) if y_outer is None else y_outer
     optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
-    ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()
+    ema, scaler = Averaged(student, args.ema_decay), run.scaler()
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, _ = run.restore(stage, parts)
     net, B = data_parallel(student), args.batch_size // PROCESSES  # here and below: the rows of this process
@@ -280,7 +280,7 @@ def train(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        ema.update_parameters(student)
+        ema.update()
 
         run.log(
             stage, step, args.num_steps, args.log_every,

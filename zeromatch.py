@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    MEASURED, PROCESSES, Run, TextViews, UserError, Views, accuracy, average, averaged_copy, batch_at, build_optimizer,
+    MEASURED, PROCESSES, Averaged, Run, TextViews, UserError, Views, accuracy, average, batch_at, build_optimizer,
     build_student, check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights,
     make_views, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device,
     student_config,
@@ -226,7 +226,7 @@ def train_stage1(
 
     Returns the network to evaluate and to go on with: the averaged copy where weights are averaged."""
     optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
-    ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()  # D4
+    ema, scaler = Averaged(student, args.ema_decay), run.scaler()  # D4
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, _ = run.restore(1, parts)
     net = data_parallel(student)
@@ -249,7 +249,7 @@ def train_stage1(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        ema.update_parameters(student)
+        ema.update()
 
         run.log(1, step, num_steps, args.log_every, "loss {loss:.3f}", loss=loss, lr=lr)
         evaluate = (step + 1) % args.eval_every == 0 or step + 1 == num_steps
@@ -271,7 +271,7 @@ def train_stage2(
     ones is read in the line that logs the pseudo-labels' accuracy, and nowhere else.
     Returns the network to evaluate."""
     optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
-    ema, scaler = averaged_copy(student, args.ema_decay), run.scaler()  # D4
+    ema, scaler = Averaged(student, args.ema_decay), run.scaler()  # D4
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, state = run.restore(2, parts)
     net = data_parallel(student)
@@ -321,7 +321,7 @@ def train_stage2(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        ema.update_parameters(student)
+        ema.update()
 
         run.log(
             2, step, args.num_steps, args.log_every, LINE,

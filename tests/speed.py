@@ -189,9 +189,15 @@ def ready_batch(case: SimpleNamespace) -> Tensor:
     return common.join([case.views.weak(idx_lb), case.views.weak(idx), case.views.strong(idx)])
 
 
-def make_optimizer(case: SimpleNamespace) -> torch.optim.Optimizer:
+def make_optimizer(case: SimpleNamespace, **options: Any) -> torch.optim.Optimizer:
+    """Ours; with options, torch's own with these (published code: parameter by parameter, the default on CPUs)."""
     a = case.args
-    return common.build_optimizer(case.student, a.optimizer, a.lr * 1e-3, a.weight_decay, a.layer_decay)
+    if not options:
+        return common.build_optimizer(case.student, a.optimizer, a.lr * 1e-3, a.weight_decay, a.layer_decay)
+    groups = common.param_groups(case.student, a.lr * 1e-3, a.weight_decay, a.layer_decay)
+    if a.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def bare_steps(case: SimpleNamespace, num_steps: int) -> None:
@@ -214,7 +220,7 @@ def published_steps(case: SimpleNamespace, num_steps: int) -> None:
     """As the published code: views image by image, for texts three forwards of padded batches, for images one,
     gradient through the weak view throughout, float32, and an average of all weights whether it is read or not."""
     average = [p.detach().clone() for p in case.student.parameters()]
-    optimizer, texts = make_optimizer(case), isinstance(case.split, common.TextSplit)
+    optimizer, texts = make_optimizer(case, foreach=False), isinstance(case.split, common.TextSplit)
     views = case.views if texts else PillowViews(case.split, case.preset)
     idx_lb, idx = torch.arange(case.B), torch.arange(case.B_u)
     case.student.train()

@@ -78,19 +78,39 @@ def test_fashion_mnist_is_read_from_the_publishers_files(tmp_path, monkeypatch):
     assert np.array_equal(data.test.y, made["t10k-labels-idx1-ubyte.gz"]) and len(data.classes) == 10
 
 
-def test_averaged_copy_follows_the_formula_with_batch_statistics():
+def test_averaged_weights_follow_the_formula_with_batch_statistics():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    ema = common.averaged_copy(net, 0.9)
+    ema = common.Averaged(net, 0.9)
     weight = net[0].weight.detach().clone()
-    ema.update_parameters(net)
+    ema.update()
     with torch.no_grad():
         net[0].weight += 1
         net[1].running_mean += 2
-    ema.update_parameters(net)
+    ema.update()
     assert torch.allclose(ema.module[0].weight, weight + 0.1) and torch.allclose(
         ema.module[1].running_mean, torch.full((2,), 0.2)
     )
-    assert common.averaged_copy(net, 0).module is net
+    assert common.Averaged(net, 0).module is net
+
+
+def test_averaged_weights_are_those_of_torch_bit_for_bit_and_go_on_from_a_checkpoint():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    torch.manual_seed(0)
+    student = common.build_student("cnn", 1, 8, 10).train()
+    optimizer = common.build_optimizer(student, "sgd", 0.1, 1e-3, 1.0)
+    ours, theirs = common.Averaged(student, 0.99), AveragedModel(student, None, None, get_ema_multi_avg_fn(0.99), True)
+    for step in range(6):
+        if step == 3:  # as after a restart
+            state, ours = ours.state_dict(), common.Averaged(student, 0.99)
+            ours.load_state_dict(state)
+        optimizer.zero_grad()
+        student(torch.randn(4, 1, 8, 8))[0].square().mean().backward()
+        optimizer.step()
+        ours.update()
+        theirs.update_parameters(student)
+    for name, value in theirs.module.state_dict().items():
+        assert "num_batches" in name or torch.equal(ours.module.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("backbone, size", [("cnn", 8), ("cnn", 28), ("wrn_28_2", 32)])
