@@ -320,7 +320,7 @@ def check_arguments(given: dict[str, Any]) -> None:
         "warmup_steps": (0, math.inf), "log_every": (1, math.inf), "eval_every": (1, math.inf), "lr": (0, math.inf),
         "weight_decay": (0, math.inf), "layer_decay": (1e-6, 1), "ema_decay": (0, 0.999999), "marginal_decay": (0, 1),
         "tau": (0, 1), "tau_select": (0, 1), "tau_inner": (0, 1), "lambda_u": (0, math.inf), "lambda_p": (0, math.inf),
-        "sce_alpha": (0, math.inf), "sce_beta": (0, math.inf), "seed": (0, 2**32 - 1), "fusion": (0, math.inf),
+        "sce_alpha": (0, math.inf), "sce_beta": (0, math.inf), "seed": (0, 2**32 - 1),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         value = given.get(name, low)
@@ -1803,13 +1803,15 @@ class Averaged:
             torch._foreach_lerp_(self.mean, self.now, 1 - self.decay if self.updates else 1.0)
         self.updates += 1
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"module": self.module.state_dict(), "updates": self.updates} if self.decay else {}
+    def state_dict(self) -> dict[str, Tensor]:
+        weights = {f"module.{name}": weight for name, weight in self.module.state_dict().items()}
+        return weights | {"updates": torch.tensor(self.updates)} if self.decay else {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if self.decay:
-            self.module.load_state_dict(state["module"])
-            self.updates = state["updates"]
+            weights = {name.removeprefix("module."): weight for name, weight in state.items() if name != "updates"}
+            self.module.load_state_dict(weights)
+            self.updates = int(state["updates"])
 
 
 @torch.no_grad()

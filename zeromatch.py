@@ -23,7 +23,7 @@ reported accuracy is that of the last evaluation (and the median of the last 20)
     python zeromatch.py --stages 1                         pseudo-supervision: the teacher's labels as if true
     python zeromatch.py --stages 2                         ablation: no warm-up
     python zeromatch.py --lambda-p 0 | --anneal none       ablations: no auxiliary loss | constant weight
-    python zeromatch.py --fusion 1                         beyond the paper: pseudo-labels that weigh the teacher's in
+    python zeromatch.py --agreement                        beyond the paper: what the teacher says too needs no threshold
 
 Departures from the authors' code
   D1  Stage 1 hands on its last (averaged) weights. ZM keeps the checkpoint that fits the teacher's
@@ -129,8 +129,8 @@ class Args:
     """alpha_t: linear from 0 to 1 over stage 2, or none: 1 throughout."""
     marginal_decay: float | None = None
     """Decay of the running class marginals p_lb and p_ulb."""
-    fusion: float = 0.0
-    """Beyond the paper: exponent beta >= 0 of the teacher's label in the pseudo-labels (`fuse`); 0: as published."""
+    agreement: bool = False
+    """Beyond the paper: a pseudo-label that is also the teacher's counts at any confidence (`agreed`)."""
 
 
 # ---------------------------------------------------------------------------- the method
@@ -195,25 +195,11 @@ def loss_distillation(logits: Tensor, y_zs: Tensor) -> Tensor:
     return F.cross_entropy(logits, y_zs, reduction="none", ignore_index=-1).mean()
 
 
-def update_confusion(joint: Tensor | None, probs: Tensor, y_zs: Tensor) -> Tensor:
-    """J[y, j] <- (1 - 0.02 a) J[y, j] + 0.02 / n * sum_i probs_iy [y_zs_i = j], the share of (class, answer).
+def agreed(mask: Tensor, pseudo_label: Tensor, y_zs: Tensor) -> Tensor:
+    """1 where pseudo_label_i = y_zs_i, whatever its confidence, else mask_i: two witnesses need no threshold.
 
-    a: share of rows with an answer, not -1. Rate and start (0.4 of the answers guessed) are choices made here.
-    [K, K] or None, [n, K], [n] int64 -> [K, K]."""
-    K = probs.shape[1]
-    joint = (0.6 * torch.eye(K, device=probs.device) + 0.4 / K) / K if joint is None else joint
-    says = F.one_hot(y_zs + 1, K + 1)[:, 1:].float()  # a row of zeros for no answer
-    return (1 - 0.02 * says.sum() / len(says)) * joint + 0.02 * probs.T @ says / len(says)
-
-
-def fuse(probs: Tensor, y_zs: Tensor, joint: Tensor, beta: float) -> Tensor:
-    """Bayes' rule with the teacher as witness: p(y) * T[y, y_zs]^beta, scaled to sum to 1; T[y, j] = P(says j | y).
-
-    T are the rows of joint [K, K], each scaled to sum to 1 (Dawid and Skene's model of an annotator).
-    [n, K], [n] int64 -> [n, K]; a row with y_zs_i = -1 stays."""
-    T = joint / joint.sum(dim=1, keepdim=True).clamp(min=1e-30)
-    witness = torch.where(y_zs[:, None] >= 0, T.T[y_zs] ** beta, 1)
-    return F.normalize(probs * witness, p=1, dim=1)
+    [B_u] 0 or 1, [B_u] int64, [B_u] int64 (-1: no answer, agrees with none) -> [B_u]. Not in the paper."""
+    return torch.where(pseudo_label == y_zs, 1.0, mask)
 
 
 # ---------------------------------------------------------------------------- training
@@ -278,7 +264,6 @@ def train_stage2(
     K = student.num_classes
     p_lb = state.get("p_lb", torch.full((K,), 1 / K, device=run.device))  # starts uniform
     p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
-    joint = state.get("joint")  # of --fusion
     B = args.batch_size // PROCESSES  # here and below: the rows of this process
     B_u = args.uratio * B
 
@@ -306,11 +291,9 @@ def train_stage2(
         p_lb = average(update_marginal(p_lb, probs_lb, args.marginal_decay))  # over processes; both before use
         p_ulb = average(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
         c_tau = average(relative_threshold(probs_lb, args.tau))
-        probs_ulb_w = align(probs_ulb_w, p_lb, p_ulb)
-        if args.fusion:  # the confusion is counted on what the student alone believes
-            joint = average(update_confusion(joint, probs_ulb_w, y_zs[idx_ulb]))
-            probs_ulb_w = fuse(probs_ulb_w, y_zs[idx_ulb], joint, args.fusion)
-        pseudo_label, mask = hard_labels(probs_ulb_w, c_tau)
+        pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
+        if args.agreement:
+            mask = agreed(mask, pseudo_label, y_zs[idx_ulb])
 
         loss_s = F.cross_entropy(logits_lb, y_lb)
         loss_u = loss_consistency(logits_ulb_s, pseudo_label, mask)
@@ -334,7 +317,7 @@ def train_stage2(
         if evaluate:
             run.evaluated(2, step, accuracy(predict(ema.module, test, run.autocast), test.y))
         if evaluate or run.save_due():
-            run.save(2, step, parts, p_lb=p_lb, p_ulb=p_ulb, joint=joint)
+            run.save(2, step, parts, p_lb=p_lb, p_ulb=p_ulb)
     return ema.module
 
 
@@ -355,8 +338,8 @@ def main(args: Args) -> dict[str, Any]:
     data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
     labels_train, labels_test = args.pseudolabels, args.pseudolabels_test
-    if args.stages == "1" and args.fusion:
-        raise UserError("--fusion changes stage 2 only; leave it out with --stages 1")
+    if args.stages == "1" and args.agreement:
+        raise UserError("--agreement changes stage 2 only; leave it out with --stages 1")
     if labels_train is None:
         if labels_test is not None:
             raise UserError("--pseudolabels-test needs --pseudolabels")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = "--num-steps 6 --log-every 1 --eval-every 3 --lr 0.01 --device cpu".split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 CASES = {  # the small CNN couples the rows by batch statistics, text encoders do not
-    "zeromatch": ["zeromatch.py", "--num-steps-stage1", "3", "--fusion", "1"],
+    "zeromatch": ["zeromatch.py", "--num-steps-stage1", "3", "--agreement"],
     "adamatch": ["adamatch.py"],
     "adamatch original": ["adamatch.py", "--variant", "original"],
     "kd_fixmatch": ["kd_fixmatch.py", "--tau", "0.3", "--tau-select", "0.15", "--log-every", "2"],

@@ -386,7 +386,7 @@ BAD_INPUT = [  # (command line; what its one line names)
     ("zeromatch --lr inf", "--lr inf: expected"),
     ("zeromatch --tau 1.5", "--tau 1.5: expected a number from 0 to 1"),
     ("zeromatch --lambda-p -1", "--lambda-p -1.0"),
-    ("zeromatch --fusion -1", "--fusion -1.0"),
+    ("zeromatch --agreement --stages 1", "--agreement changes stage 2 only"),
     ("zeromatch --lambda-u nan", "--lambda-u nan"),
     ("zeromatch --seed -1", "--seed -1: expected a number from 0"),
     ("zeromatch --num-steps 0", "--num-steps 0"),

@@ -158,25 +158,14 @@ def test_a_killed_process_resumes_to_the_same_weights(straight, tmp_path, labels
     assert_same_run(straight[0], folder)
 
 
-def test_a_run_with_fusion_resumes_to_the_same_weights(tmp_path, labels, monkeypatch):
-    zeromatch.main(run_args(tmp_path / "a", labels, fusion=1.0))
-
-    def dying(self, stage, step, *rest, **values):
-        if (stage, step) == (2, 13):
-            raise RuntimeError("killed")
-        return real(self, stage, step, *rest, **values)
-
-    real = common.Run.log
-    monkeypatch.setattr(common.Run, "log", dying)
-    with pytest.raises(RuntimeError):
-        zeromatch.main(run_args(tmp_path / "b", labels, fusion=1.0))
-    monkeypatch.undo()
-    folder = only_run(tmp_path / "b")
-    saved = zeromatch.Args(**json.loads((folder / "args.json").read_text()))
-    zeromatch.main(zeromatch.replace(saved, resume=str(folder)))
-    assert_same_run(only_run(tmp_path / "a"), folder)
-    joints = [final_weights(only_run(tmp_path / n))[1]["joint"] for n in "ab"]
-    assert torch.equal(*joints) and joints[0].sum().item() == pytest.approx(1, abs=1e-5)
+def test_agreement_lets_more_examples_count(straight, tmp_path, labels):
+    zeromatch.main(run_args(tmp_path, labels, agreement=True))
+    more, plain = (
+        [row["train/mask_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+         if "train/mask_rate" in (row := json.loads(line))]
+        for folder in (only_run(tmp_path), straight[0])
+    )  # fmt: skip
+    assert len(more) == len(plain) and sum(more) > sum(plain)
 
 
 def test_shuffling_the_hidden_labels_changes_no_weight(straight, tmp_path, labels, monkeypatch):
@@ -224,7 +213,7 @@ def test_every_number_of_the_method_changes_the_outcome(tmp_path, labels):
         "none": {}, "tau": {"tau": 0.2}, "lambda_u": {"lambda_u": 0.3}, "lambda_p": {"lambda_p": 0.3}, "lr": {"lr": 0.01},
         "anneal": {"anneal": "none"}, "marginal_decay": {"marginal_decay": 0.5, "tau": 0.9}, "uratio": {"uratio": 1},
         "weight_decay": {"weight_decay": 0.5}, "warmup_steps": {"warmup_steps": 5}, "ema_decay": {"ema_decay": 0.5},
-        "batch_size": {"batch_size": 8}, "fusion": {"fusion": 1.0},
+        "batch_size": {"batch_size": 8}, "agreement": {"agreement": True},
     }.items():  # fmt: skip
         zeromatch.main(run_args(tmp_path / name, labels, **{**base, "lr": 0.004, "tau": 0.9, **change}))
         weights[name] = final_weights(only_run(tmp_path / name))[0]

@@ -131,39 +131,16 @@ def test_consistency_gradient_is_softmax_minus_one_hot_on_kept_rows_only():
     assert torch.allclose(logits.grad, expected, atol=1e-7)
 
 
-def test_confusion_counts_beliefs_by_the_teachers_words_as_a_slow_loop_does():
-    probs, y_zs = torch.rand(7, 4, generator=torch.Generator().manual_seed(0)).softmax(dim=1), [0, 3, 3, -1, 1, 2, -1]
-    start = zm.update_confusion(None, probs, torch.full((7,), -1))  # nobody answered: the start itself
-    assert torch.allclose(start, (0.1 + 0.6 * torch.eye(4)) / 4, atol=1e-6)
-    expected, answered = start.clone(), 5
-    for y in range(4):
-        for j in range(4):
-            mean = sum(float(probs[i, y]) for i in range(7) if y_zs[i] == j) / answered
-            expected[y, j] += 0.02 * (answered / 7) * (mean - float(start[y, j]))
-    joint = zm.update_confusion(start, probs, torch.tensor(y_zs))
-    assert torch.allclose(joint, expected, atol=1e-6) and joint.sum().item() == pytest.approx(1)
+def test_agreement_counts_what_the_teacher_says_too_and_nothing_else():
+    label, y_zs = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 2, 2, 1, -1])
+    mask = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0])
+    assert zm.agreed(mask, label, y_zs).tolist() == [1, 0, 1, 1, 0]
+    assert mask.tolist() == [0, 0, 1, 1, 0]  # the threshold's own mask stays what it was
 
 
-def test_confusion_converges_to_the_share_of_every_pair_where_the_student_is_right():
-    rng = np.random.RandomState(0)
-    T = np.array([[0.9, 0.1, 0.0], [0.5, 0.5, 0.0], [0.0, 0.2, 0.8]])
-    joint = None
-    for _ in range(400):
-        y = rng.randint(3, size=64)
-        y_zs = torch.tensor([rng.choice(3, p=T[label]) for label in y])
-        joint = zm.update_confusion(joint, F.one_hot(torch.from_numpy(y), 3).float(), y_zs)
-    assert np.allclose(joint / joint.sum(dim=1, keepdim=True), T, atol=0.06)
-
-
-def test_fusion_is_bayes_rule_and_leaves_abstentions_alone():
-    joint = torch.tensor([[0.4, 0.1], [0.2, 0.3]])  # T = [[0.8, 0.2], [0.4, 0.6]]
-    probs, y_zs = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]]), torch.tensor([0, 1, -1])
-    fused = zm.fuse(probs, y_zs, joint, 1.0)
-    assert torch.allclose(fused[0], torch.tensor([0.8, 0.4]) / 1.2)
-    assert torch.allclose(fused[1], torch.tensor([0.9 * 0.2, 0.1 * 0.6]) / 0.24)
-    assert torch.allclose(fused[2], probs[2])
-    squared = zm.fuse(probs, y_zs, joint, 2.0)
-    assert torch.allclose(squared[0], torch.tensor([0.64, 0.16]) / 0.8)
-    assert torch.allclose(zm.fuse(probs, y_zs, joint, 0.0), probs)
-    babbler = torch.outer(torch.tensor([0.7, 0.3]), torch.tensor([0.2, 0.8]))  # says the same whatever the class
-    assert torch.allclose(zm.fuse(probs, y_zs, babbler, 1.0), probs, atol=1e-6)
+def test_agreement_with_a_teacher_that_repeats_the_student_keeps_all_and_with_a_silent_one_changes_nothing():
+    probs = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    label, mask = zm.hard_labels(probs, 0.6)
+    assert 0 < mask.mean() < 1
+    assert zm.agreed(mask, label, label).mean() == 1
+    assert torch.equal(zm.agreed(mask, label, torch.full((50,), -1)), mask)
