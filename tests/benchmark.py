@@ -5,7 +5,7 @@
         --num-steps 700 --pseudolabels data/labels/fashion_mnist-train-pixels.jsonl \
         --pseudolabels-test data/labels/fashion_mnist-test-pixels.jsonl
     python tests/benchmark.py pixel-teacher      makes these two files
-    python tests/benchmark.py extensions         ZeroMatch with fusion, three teachers a data set
+    python tests/benchmark.py extensions         ZeroMatch with --agreement, three teachers a data set
     python tests/benchmark.py teachers           makes two more teachers a data set
     python tests/benchmark.py speed              how fast it is (speed.py)
     python tests/benchmark.py fortunes           makes a data set of short texts (README: Short texts)
@@ -52,7 +52,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "KD-FixMatch (SCE 1.0, 0.1)": (kd_fixmatch, {"unsup_loss": "sce"}, "halves"),
     REFERENCE: (zeromatch, {}, "two stages"),
 }
-EXTENSIONS = {"ZeroMatch, fusion": (zeromatch, {"fusion": 1.0}, "two stages")}  # beyond the papers
+EXTENSIONS = {"ZeroMatch, agreement": (zeromatch, {"agreement": True}, "two stages")}  # beyond the papers
 
 
 def steps_of(kind: str, stage1: int, stage2: int) -> dict[str, int]:
@@ -338,9 +338,9 @@ def extensions(
     plot: str | None = None,
     jobs: int = 2,
 ) -> None:
-    """ZeroMatch with fusion against ZeroMatch as published, with three teachers and two numbers of labels each.
+    """ZeroMatch with --agreement against ZeroMatch as published, with three teachers and two numbers of labels each.
 
-    Prints one row a cell: the mean over seeds, the paired difference with Student's 95 % interval.
+    Prints one row a cell, the mean over seeds and the paired difference, and the means over all cells.
 
     Args:
         datasets: digits, fashion_mnist (in bfloat16, 300 + 700 updates) or both.
@@ -350,9 +350,7 @@ def extensions(
         plot: Picture of learned and true confusion matrices to draw; needs matplotlib.
         jobs: Runs side by side.
     """
-    from scipy import stats
-
-    lines, confusions = [], {}
+    cells, confusions = {}, {}
     if plot:
         pyplot_for(plot)  # missing, it is missed before the runs
     for dataset, sizes, num_steps, amp in (
@@ -377,22 +375,30 @@ def extensions(
                 path = Path(runs_dir) / f"extensions-{dataset}-{num_labels}-{teacher}.json"
                 rows = (REFERENCE, *EXTENSIONS)
                 runs = finished_runs(path, rows, seeds, shared | labels, num_steps, jobs)
-                accs = accuracies(runs)
-                plain, fused = (np.array([accs[row][seed] for seed in seeds]) for row in rows)
-                half = stats.t.ppf(0.975, len(seeds) - 1) * spread(fused - plain) / len(seeds) ** 0.5
-                stage1 = np.mean([run["stage1_acc"] for run in runs])
-                values = [runs[0]["teacher_acc"], stage1, np.mean(list(alone.values())), plain.mean(), fused.mean()]
-                difference = f"{(fused - plain).mean():+.1f} ({(fused - plain).mean() - half:+.1f} to "
-                difference += f"{(fused - plain).mean() + half:+.1f})"
-                cell = [f"{dataset}, {num_labels} labels", teacher, *(f"{v:.1f}" for v in values), difference]
-                lines.append("| " + " | ".join(cell) + " |")
+                accs, published = accuracies(runs), [run for run in runs if run["row"] == REFERENCE]
+                columns = [[run[name] for run in published] for name in ("teacher_acc", "stage1_acc")]
+                columns += [[by[seed] for seed in seeds] for by in (alone, *(accs[row] for row in rows))]
+                title = f"{dataset}, {num_labels} labels"
+                cells[title, teacher] = np.array(columns)  # [columns of the table, seeds]
                 if plot:
                     pair = learned_and_true(run_folder(path, rows[1], seeds[0]), dataset, data_dir, at["train"])
-                    confusions[f"{dataset}, {num_labels} labels, {teacher}"] = pair
-    print("\n| cell | teacher | teacher alone | stage 1 | AdaMatch | ZeroMatch | with fusion | difference (95 %) |")
-    print("|" + "---|" * 8, *lines, sep="\n")
+                    confusions[f"{title}, {teacher}"] = pair
+    print("\n| cell | teacher | teacher alone | stage 1 | AdaMatch | ZeroMatch | with agreement | difference (95 %) |")
+    print("|" + "---|" * 8)
+    for (title, teacher), values in [*cells.items(), (("mean", ""), np.mean(list(cells.values()), axis=0))]:
+        means = " | ".join(f"{mean:.1f}" for mean in values.mean(axis=1))
+        print(f"| {title} | {teacher} | {means} | {with_interval(values[-1] - values[-2])} |")
     if plot:
         draw_confusions(confusions, plot)
+
+
+def with_interval(differences: np.ndarray) -> str:
+    """Mean of paired differences [seeds] with Student's 95 % interval, as in: +1.2 (+0.4 to +2.0)."""
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, len(differences) - 1) * spread(differences) / len(differences) ** 0.5
+    mean = differences.mean()
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
 
 
 def accuracies(runs: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
@@ -404,25 +410,29 @@ def accuracies(runs: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
 
 
 def learned_and_true(folder: Path, dataset: str, data_dir: str, labels: str) -> list[np.ndarray]:
-    """T [K, K] of the last finished run in `folder`, and of the label file against the truth."""
+    """T [K, K], T[y, j] = P(teacher says j | class y), of the first 10,000 training examples.
+
+    Once with the classes that the student of the last finished run in `folder` gives them, once with the true ones."""
     finished = max(folder.glob("*/result.json"), key=os.path.getmtime)
-    joint = torch.load(finished.with_name("checkpoint.pt"), weights_only=True)["joint"].float().numpy()
+    student, config = common.load_student(finished.with_name("student"))
     data = common.load_data(dataset, data_dir)
-    y_zs, _ = pseudolabel.read_labels(labels, data, "train")
-    true = np.zeros_like(joint)
-    np.add.at(true, (data.train.y, y_zs), 1)
-    return [matrix / matrix.sum(axis=1, keepdims=True) for matrix in (joint, true)]
+    part = data.train.take(np.arange(min(10_000, len(data.train))))
+    preset = common.preset_of(dataset, config["backbone"])
+    probs = common.predict(student, common.make_views(part, preset, config["backbone"], torch.device("cpu"))).numpy()
+    says = np.eye(len(data.classes))[pseudolabel.read_labels(labels, data, "train")[0][: len(part)]]
+    true = np.eye(len(data.classes))[part.y]
+    return [(joint := classes.T @ says) / joint.sum(axis=1, keepdims=True) for classes in (probs, true)]
 
 
 def draw_confusions(confusions: dict[str, list[np.ndarray]], path: str) -> None:
-    """T learned beside T true, one pair a cell: rows are classes, columns what the teacher says."""
+    """T by the student's classes beside T true, one pair a cell: rows are classes, columns what the teacher says."""
     pyplot = pyplot_for(path)
     rows = -(-len(confusions) // 3)
     figure, axes = pyplot.subplots(rows, 6, figsize=(11, 1.95 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     for pair, (title, both) in zip(axes.reshape(-1, 2), confusions.items(), strict=False):
-        for axis, matrix, said in zip(pair, both, ("learned", "true"), strict=True):
+        for axis, matrix, said in zip(pair, both, ("by the student", "true"), strict=True):
             shown = axis.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
             axis.set_title(f"{title}\n{said}", fontsize=7)
     figure.colorbar(shown, ax=axes, shrink=0.6, label="P(teacher says column | class of row)")

@@ -4,6 +4,7 @@ import re
 from concurrent.futures import Future
 
 import benchmark as b
+import numpy as np
 import pytest
 
 
@@ -53,27 +54,30 @@ def test_curves_add_the_steps_of_earlier_stages_and_leave_out_clustering():
     assert len(points) == 4 and points[2][1] != points[2][1]  # a gap between the networks
 
 
+class Here:
+    """A pool without processes, which would not see what a test puts in place of a function."""
+
+    def __init__(self, jobs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *args):
+        done = Future()
+        done.set_result(b.run_row(*args))
+        return done
+
+
 def test_finished_runs_are_kept_and_those_of_another_teacher_apart(tmp_path, monkeypatch):
     started = []
 
     def run_row(row, seed, *rest):
         started.append((row, seed))
         return made(row, seed, 90.0 + seed)
-
-    class Here:  # a pool without processes, which would not see the function above
-        def __init__(self, jobs):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def submit(self, function, *args):
-            done = Future()
-            done.set_result(b.run_row(*args))
-            return done
 
     monkeypatch.setattr(b, "run_row", run_row)
     monkeypatch.setattr(b, "ProcessPoolExecutor", Here)
@@ -88,6 +92,36 @@ def test_finished_runs_are_kept_and_those_of_another_teacher_apart(tmp_path, mon
     folders = {b.run_folder(tmp_path / "a.json", row, seed) for row in b.ROWS | b.EXTENSIONS for seed in (0, 1)}
     assert len(folders) == 2 * len(b.ROWS | b.EXTENSIONS)
 
+
+def test_intervals_are_those_of_students_t():
+    # 1, 2, 3: mean 2, standard error 1 / sqrt(3), quantile 4.303 with two degrees of freedom
+    assert b.with_interval(np.array([1.0, 2.0, 3.0])) == "+2.0 (-0.5 to +4.5)"
+
+
+def test_the_table_of_extensions_pairs_by_seed_and_averages_over_cells(tmp_path, monkeypatch, capsys):
+    def run_row(row, seed, shared, *rest):
+        gain = 3.0 if shared["num_labels"] == 10 else 1.0
+        acc = {"AdaMatch": 70.0, "ZeroMatch": 80.0 + seed, "ZeroMatch, agreement": 80.0 + seed + gain}[row]
+        return made(row, seed, acc, teacher_acc=60.0, stage1_acc=65.0)
+
+    monkeypatch.setattr(b, "run_row", run_row)
+    monkeypatch.setattr(b, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(b.pseudolabel, "default_labels", lambda *given: None)
+    b.extensions(("digits",), (0, 1), str(tmp_path), str(tmp_path), jobs=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + 6 + 1
+    assert lines[1] == "| digits, 10 labels | glyphs | 60.0 | 65.0 | 70.0 | 80.5 | 83.5 | +3.0 (+3.0 to +3.0) |"
+    assert lines[-1] == "| mean |  | 60.0 | 65.0 | 70.0 | 80.5 | 82.5 | +2.0 (+2.0 to +2.0) |"
+
+
+def test_confusion_by_the_student_resembles_the_true_one_once_it_has_learned(tmp_path):
+    b.teachers("digits", data_dir=str(tmp_path))
+    at = str(tmp_path / "labels" / "digits-train-svm.jsonl")
+    shared = {"dataset": "digits", "num_labels": 40, "data_dir": str(tmp_path), "pseudolabels": at, "eval_every": 120}
+    b.run_row("ZeroMatch, agreement", 0, shared, 60, 120, str(tmp_path / "run"))
+    student, true = b.learned_and_true(tmp_path / "run", "digits", str(tmp_path), at)
+    assert np.allclose(student.sum(axis=1), 1) and np.allclose(true.sum(axis=1), 1)
+    assert true.diagonal().min() > 0.9 and (student.argmax(axis=1) == np.arange(10)).mean() >= 0.8
 
 def test_teachers_are_weak_and_strong_and_write_readable_labels(tmp_path, capsys):
     b.teachers("digits", data_dir=str(tmp_path))
