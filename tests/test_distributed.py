@@ -21,18 +21,33 @@ ROOT = Path(__file__).parent.parent
 # a small learning rate: rounding grows from step to step at the preset's
 SHORT = "--num-steps 6 --log-every 1 --eval-every 3 --lr 0.01 --device cpu".split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-CASES = {  # the small CNN couples the rows by batch statistics, text encoders do not
+VIT = "--backbone VIT --weights none --optimizer adamw --lr 1e-4 --amp off".split()
+CASES = {  # the small CNN couples the rows by batch statistics, a ViT (VIT: a tiny one without dropout) does not
     "zeromatch": ["zeromatch.py", "--num-steps-stage1", "3", "--agreement"],
     "adamatch": ["adamatch.py"],
     "adamatch original": ["adamatch.py", "--variant", "original"],
     "kd_fixmatch": ["kd_fixmatch.py", "--tau", "0.3", "--tau-select", "0.15", "--log-every", "2"],
+    "zeromatch, ViT": ["zeromatch.py", "--num-steps-stage1", "3", *VIT],
+    "adamatch, ViT": ["adamatch.py", *VIT],
+    "kd_fixmatch, ViT": ["kd_fixmatch.py", "--tau", "0.1", "--outer-only", *VIT],
 }
 
 
 def flags(case, folder, labels):
     script, *own = CASES[case]
+    if "VIT" in own:
+        own[own.index("VIT")] = tiny_vit(folder.parent / "vit")
     teacher = ["--pseudolabels", labels] if script == "zeromatch.py" else []
     return script, [*SHORT, *teacher, "--runs-dir", str(folder), *own]
+
+
+def tiny_vit(folder):
+    from transformers import ViTConfig, ViTModel
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = ViTConfig(image_size=8, patch_size=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shape)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)
 
 
 def command(case, folder, labels):
