@@ -416,8 +416,10 @@ def load_data(dataset: str, data_dir: str, test_file: str | None = None) -> Data
         return load_text_set(dataset, data_dir)
     if dataset not in PRESETS:
         return load_folder(Path(dataset), data_dir, preset)
-    if dataset in ("digits", "fashion_mnist"):
-        return {"digits": load_digits, "fashion_mnist": load_fashion_mnist}[dataset](data_dir)
+    if dataset == "digits":
+        return load_digits()
+    if dataset == "fashion_mnist":
+        return load_fashion_mnist(data_dir)
     sources = fetch_source(dataset, data_dir)
     if dataset in ("cifar10", "cifar100", "svhn", "stl10"):
         return load_arrays(dataset, data_dir, sources)
@@ -426,7 +428,7 @@ def load_data(dataset: str, data_dir: str, test_file: str | None = None) -> Data
     return Data(dataset, classes, decode(train, store, preset, "train"), decode(test, store, preset, "test"))
 
 
-def load_digits(data_dir: str) -> Data:
+def load_digits() -> Data:
     """scikit-learn's 1,797 handwritten digits, 8x8, stored as round(value * 255 / 16).
 
     No split is published: a fixed permutation, the same for every run, keeps 500 of them for test."""
@@ -440,35 +442,18 @@ def load_digits(data_dir: str) -> Data:
     return Data("digits", [str(d) for d in range(10)], Split(x[train], y[train]), Split(x[test], y[test]))
 
 
-FASHION_CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot".split(", ")
 DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # package dataset-fashion-mnist
-FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-FASHION_FILES = {  # name: md5, torchvision 0.29 datasets/mnist.py
-    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-}
+FASHION_CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot".split(", ")
 
 
 def load_fashion_mnist(data_dir: str) -> Data:
     """Fashion-MNIST, 60,000 + 10,000 images of 28x28, from Debian's folder or the publisher's files."""
-    folder = Path(DEBIAN_FASHION)
-    if not all((folder / name).exists() for name in FASHION_FILES):
-        folder = Path(data_dir) / "fashion_mnist"
-        for name, md5 in FASHION_FILES.items():
-            fetch(FASHION_URL + name, folder / name, md5)
-
-    def read(name: str, header: int) -> np.ndarray:
-        return np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=header)
-
-    parts = [
-        Split(
-            read(f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28),
-            read(f"{part}-labels-idx1-ubyte.gz", 8).astype(np.int64),
-        )
-        for part in ("train", "t10k")
-    ]
+    files = [Path(DEBIAN_FASHION) / Path(url).name for url, *_ in SOURCES["fashion_mnist"]]
+    if not all(file.exists() for file in files):
+        files = fetch_source("fashion_mnist", data_dir)
+    read = [np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in files]
+    pairs = (read[:2], read[2:])  # images behind a header of 16 bytes, labels behind one of 8
+    parts = [Split(x[16:].reshape(-1, 1, 28, 28), y[8:].astype(np.int64)) for x, y in pairs]
     return Data("fashion_mnist", FASHION_CLASSES, *parts)
 
 
@@ -476,8 +461,14 @@ def load_fashion_mnist(data_dir: str) -> Data:
 # of torchvision's classes, so that their downloads are found. Sources: torchvision 0.29 datasets; torchgeo resisc45.
 # fmt: off
 OXFORD, HOUSES = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", "http://ufldl.stanford.edu/housenumbers/"
+FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 RESISC = "https://hf.co/datasets/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/"
 SOURCES = {
+    "fashion_mnist": [
+        (FASHION + "train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "fashion_mnist", ""),
+        (FASHION + "train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe", "fashion_mnist", ""),
+        (FASHION + "t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79", "fashion_mnist", ""),
+        (FASHION + "t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310", "fashion_mnist", "")],
     "cifar10": [("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
                  "c58f30108f718f92721af3b95e74349a", "", "cifar-10-batches-py")],
     "cifar100": [("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
