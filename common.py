@@ -1613,8 +1613,6 @@ def vit_small(patch: int, size: int) -> nn.Module:
     from torchvision.ops import StochasticDepth
     from transformers import ViTConfig, ViTModel
 
-    if size % patch:
-        raise UserError(f"--backbone vit_small: images of {size} pixels cannot be cut into patches of {patch}")
     config = ViTConfig(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, layer_norm_eps=1e-6,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, image_size=size, patch_size=patch,
@@ -1633,20 +1631,22 @@ def build_student(backbone: str, channels: int, size: int, num_classes: int, num
     backbone: cnn, wrn_28_2, efficientnet_b0, one of VITS, or a model of transformers (id or folder).
     channels 0: a student for texts."""
     if channels == 0:
-        return Student(TextEncoder(backbone), num_classes, num_extra)
-    if backbone == "cnn":
-        return Student(SmallCNN(channels, size), num_classes, num_extra)
-    if backbone == "wrn_28_2":
-        return Student(WideResNet(channels), num_classes, num_extra)
-    try:
-        return Student(PretrainedEncoder(backbone, size), num_classes, num_extra)
-    except UserError:
-        raise
-    except Exception as error:  # a folder of any content
-        raise UserError(
-            f"--backbone {backbone}: expected cnn, wrn_28_2, efficientnet_b0, {', '.join(VITS)} or a model of "
-            f"transformers for images of {size} pixels ({reason_of(error)})"
-        ) from None
+        encoder = TextEncoder(backbone)
+    elif backbone == "cnn":
+        encoder = SmallCNN(channels, size)
+    elif backbone == "wrn_28_2":
+        encoder = WideResNet(channels)
+    elif size % VITS.get(backbone, 1):
+        raise UserError(f"--backbone vit_small: images of {size} pixels cannot be cut into patches of {VITS[backbone]}")
+    else:
+        try:
+            encoder = PretrainedEncoder(backbone, size)
+        except Exception as error:  # a folder of any content
+            raise UserError(
+                f"--backbone {backbone}: expected cnn, wrn_28_2, efficientnet_b0, {', '.join(VITS)} or a model of "
+                f"transformers for images of {size} pixels ({reason_of(error)})"
+            ) from None
+    return Student(encoder, num_classes, num_extra)
 
 
 USB = "https://github.com/microsoft/Semi-supervised-learning/releases/download/v.0.0.0/"
@@ -1680,6 +1680,22 @@ def from_timm(state: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
     return out
 
 
+def read_weights(path: str, backbone: str) -> dict[str, Tensor]:
+    """The tensors of a weight file; nothing in it is executed. Raises UserError for a file of anything else."""
+    from safetensors.torch import load_file
+
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state)
+        if not all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in state.items()):
+            raise ValueError("expected tensors by their names")
+        return state
+    except Exception as error:  # a file of any content: unpickling raises errors of many kinds
+        raise UserError(f"--weights: {path} cannot be read as weights of {backbone} ({reason_of(error)})") from None
+
+
 @first_process_first
 def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None:
     """Fill an encoder with pre-trained weights: a file's, the published ones (None), or "none".
@@ -1695,37 +1711,25 @@ def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None
                 reason = str(error).splitlines()[1].strip()
                 raise UserError(f"--weights {weights}: do not fit {backbone} ({reason})") from None
         return
-    known = backbone in WEIGHTS
     if weights == "none" or (weights is None and backbone in ("cnn", "wrn_28_2")):
         print(f"{backbone} starts from scratch, without pre-trained weights")
         return
-    target, source = getattr(encoder, "model", encoder), weights or WEIGHTS.get(backbone, backbone)
-    try:
-        if weights is None and known:
-            path = Path(torch.hub.get_dir()) / "checkpoints" / source.rsplit("/", 1)[1]
-            fetch(source, path)
-            source = str(path)
-        if weights is None and not known:
-            from transformers import AutoModel
-
-            model = AutoModel.from_pretrained(backbone, dtype=torch.float32, trust_remote_code=False)
-            state = getattr(model, "vision_model", model).state_dict()
-        elif source.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(source)
-        else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-            state = state.get("model", state)
-        if not all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in state.items()):
-            raise ValueError("expected tensors by their names")
-    except UserError as error:
-        raise UserError(f"{error}, or start from scratch with --weights none") from None
-    except Exception as error:  # a file of any content: unpickling raises errors of many kinds
-        raise UserError(f"--weights: {source} cannot be read as weights of {backbone} ({reason_of(error)})") from None
+    source = weights or backbone
+    if weights is None and backbone in WEIGHTS:
+        source = f"{torch.hub.get_dir()}/checkpoints/{Path(WEIGHTS[backbone]).name}"
+        try:
+            fetch(WEIGHTS[backbone], Path(source))
+        except UserError as error:
+            raise UserError(f"{error}, or start from scratch with --weights none") from None
+    if source == backbone:
+        model = load_pretrained("AutoModel", backbone, dtype=torch.float32)
+        state = getattr(model, "vision_model", model).state_dict()
+    else:
+        state = read_weights(source, backbone)
     state = {name.removeprefix("module."): weight for name, weight in state.items()}
     heads = ("fc", "classifier", "mlp", "head")  # ZM semilearn/nets/utils.py
     state = {name: weight for name, weight in state.items() if not name.startswith(heads)}
+    target = getattr(encoder, "model", encoder)
     wanted = target.state_dict()
     if backbone in VITS and "pos_embed" in state:
         state = from_timm(state, wanted["embeddings.position_embeddings"].shape[1])
