@@ -51,6 +51,7 @@ import urllib.request
 import warnings
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache, partial, wraps
 from http.client import HTTPException
 from itertools import chain
@@ -1840,6 +1841,11 @@ def pseudo_label_accuracy(pseudo_label: Tensor, mask: Tensor, y_true: Tensor) ->
 # ---------------------------------------------------------------------------- run folder
 
 
+HEALTH = {  # what the health line takes from the metrics
+    "mask_rate": "mask {:.2f}", "pl_acc_masked": "pseudo-labels {:.1f} % right", "agree_teacher": "{:.1f} % as the teacher",
+}  # fmt: skip
+
+
 class Run:
     """One folder `runs/<name>-<time>/`: args, environment, metrics, checkpoint, result, student.
 
@@ -1964,14 +1970,12 @@ class Run:
             self.counts.index_add_(0, pseudo_label, mask)
         self.timed += 1
         if self.timed == 3 and f"time {stage}" not in self.warned:
-            seconds = (num_steps - step) * (time.perf_counter() - self.mark) / 3
             self.warned.add(f"time {stage}")
-            hours, said = seconds / 3600, f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-            if hours > 1:
-                said = f"{hours:.0f} h on {self.device}; --num-steps, --batch-size, a smaller --backbone, --amp bf16 "
-                said += "or a GPU make it shorter; it can be resumed"
+            seconds = (num_steps - step) * (time.perf_counter() - self.mark) / 3
+            shorter = "; --num-steps, --batch-size, a smaller --backbone, --amp bf16 or a GPU make it shorter"
             if seconds > 20:
-                print(f"stage {stage} takes about {said}", flush=True)
+                said = f"about {timedelta(seconds=round(seconds))} on {self.device}"
+                print(f"stage {stage} takes {said}{shorter if seconds > 3600 else ''}", flush=True)
         if (step + 1) % log_every and step + 1 < num_steps:
             return
         rate = self.timed / (time.perf_counter() - self.mark)
@@ -2017,39 +2021,37 @@ class Run:
         class_drift is half the sum over classes of |share of the pseudo-labels that counted since the
         last evaluation - share of the labels|: 0 alike, near 1 everything in a class of few labels."""
         self.history.append([stage, step + 1, acc])
-        name, health = MEASURED[self.measured][0], {}
+        name = MEASURED[self.measured][0]
+        row = {name: acc, "time/hours": self.seconds() / 3600}
+        known = {key: mean for key, mean in self.means.items() if not math.isnan(mean)}
+        health = [said.format(known[key]) for key, said in HEALTH.items() if key in known]
         counts = average(self.counts).cpu().double()
         if counts.sum() > 0:
-            shares = counts / counts.sum()
-            health = {"train/class_drift": 0.5 * (shares - self.p_labeled).abs().sum().item()}
-        self._write(stage, step, {name: acc, "time/hours": self.seconds() / 3600} | health)
-        print(f"stage {stage} step {step + 1} | {name} {acc:.2f}{self._health(health, counts)}", flush=True)
+            drift = 0.5 * (counts / counts.sum() - self.p_labeled).abs().sum().item()
+            row["train/class_drift"] = drift
+            health.append(f"class drift {drift:.2f}")
+        if counts.sum() > 50 * len(self.classes):
+            self._warn_of_classes(counts)
+        self._write(stage, step, row)
+        said = f" | health: {', '.join(health)}" if health else ""
+        print(f"stage {stage} step {step + 1} | {name} {acc:.2f}{said}", flush=True)
         self.counts.zero_()
 
-    def _health(self, health: dict[str, float], counts: Tensor) -> str:
-        """The health line, as far as its parts are known; prints warnings about classes."""
-        parts, means = [], {k: v for k, v in self.means.items() if not math.isnan(v)}
-        for key, said in (("mask_rate", "mask {:.2f}"), ("pl_acc_masked", "pseudo-labels {:.1f} % right"),
-                          ("agree_teacher", "{:.1f} % as the teacher")):  # fmt: skip
-            parts += [said.format(means[key])] if key in means else []
-        if not health:
-            return " | health: " + ", ".join(parts) if parts else ""
+    def _warn_of_classes(self, counts: Tensor) -> None:
+        """Warn of a class that swallows the others, and of classes that get nothing."""
         shares, top = counts / counts.sum(), int(counts.argmax())
-        parts += [f"class drift {health['train/class_drift']:.2f}"]
-        enough = counts.sum() > 50 * len(self.classes)
-        if enough and shares[top] > max(0.5, 3 * self.p_labeled[top]):
+        if shares[top] > max(0.5, 3 * self.p_labeled[top]):
             self.warn(
                 f"class {top}", f"{100 * shares[top]:.0f} % of the pseudo-labels are {self.classes[top]!r}, of the "
                 f"labels {100 * self.p_labeled[top]:.0f} %: training may be collapsing; try a higher --tau, lower --lr",
             )  # fmt: skip
         missing = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
-        if missing and enough:
+        if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             self.warn(
                 "missing", f"no pseudo-label of class {', '.join(missing[:5])}{more} counted since the last "
                 "evaluation: such a class is learned from labels alone; if it stays so, try a lower --tau, more labels",
             )  # fmt: skip
-        return f" | health: {', '.join(parts)}"
 
     def _write(self, stage: int, step: int, row: dict[str, float]) -> None:
         row = {"stage": stage, "step": step + 1} | {name: None if math.isnan(v) else v for name, v in row.items()}
