@@ -183,17 +183,20 @@ def seed_step(seed: int, stage: int | str, step: int) -> None:
 
     Seeds torch's global generators (all devices), which views, dropout and stochastic depth draw
     from: that is why a resumed run needs no generator state to go on bit for bit."""
-    digest = hashlib.blake2b(f"{seed}/{stage}/{step}".encode(), digest_size=8).digest()
     # where there is no accelerator torch.manual_seed would note where it was called from, for later
     manual_seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
-    manual_seed(int.from_bytes(digest, "little") >> 1)
+    manual_seed(seed_of(seed, stage, step))
+
+
+def seed_of(*key: Any) -> int:
+    """A seed of 63 bits for each key."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @lru_cache(maxsize=8)
 def _permutation(n: int, seed: int, number: int) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}/order/{number}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randperm(n, generator=generator)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "order", number)))
 
 
 def batch_at(n: int, batch: int, seed: int, step: int) -> Tensor:
@@ -354,7 +357,7 @@ class Split:
         """One content hash an example; equal images have equal hashes."""
         if self.keys is not None:
             return [bytes.fromhex(key) for key in self.keys]
-        return [hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=12).digest() for row in self.x]
+        return [content_hash(row.tobytes()) for row in self.x]
 
     def take(self, idx: np.ndarray) -> Split:
         """The examples at positions idx."""
@@ -374,7 +377,7 @@ class TextSplit:
 
     def hashes(self) -> list[bytes]:
         """One content hash an example; equal texts have equal hashes."""
-        return [text_hash(text) for text in self.texts]
+        return [content_hash(text.encode()) for text in self.texts]
 
     def take(self, idx: np.ndarray) -> TextSplit:
         """The examples at positions idx."""
@@ -382,8 +385,8 @@ class TextSplit:
         return TextSplit([self.texts[i] for i in idx], aug, self.y[idx])
 
 
-def text_hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=12).digest()
+def content_hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=12).digest()
 
 
 @dataclass
@@ -571,19 +574,19 @@ def split_archive(archive: Path, num_classes: int, sizes: tuple[int, int, int], 
     """Write test.json, train.json and dev.json beside the archive: a fixed draw of `sizes` rows a class.  # T3
 
     dev is kept out of the pool and never read here. Each CSV is read twice: only drawn rows are held."""
-    rng, in_test = np.random.RandomState(0), set()
-    for member, parts in (("test", {"test": sizes[2]}), ("train", {"train": sizes[0], "dev": sizes[1]})):
+    rng, (train, dev, test), test_texts = np.random.RandomState(0), sizes, set()
+    train_parts = {"train": slice(train), "dev": slice(train, train + dev)}
+    for member, parts in (("test", {"test": slice(test)}), ("train", train_parts)):
         rows = archive_rows(archive, member, newline)
-        y = np.array([-1 if text_hash(text) in in_test else label for label, text in rows])
-        orders, start, part_of = [rng.permutation(np.flatnonzero(y == k)) for k in range(num_classes)], 0, {}
-        for part, size in parts.items():
-            part_of |= dict.fromkeys(np.concatenate([o[start : start + size] for o in orders]).tolist(), part)
-            start += size
+        y = np.array([-1 if text in test_texts else label for label, text in rows])
+        orders = [rng.permutation(np.flatnonzero(y == k)) for k in range(num_classes)]
+        part_of = {row: part for part, cut in parts.items() for order in orders for row in order[cut].tolist()}
         drawn: dict[str, dict[int, Any]] = {part: {} for part in parts}
         for row, (label, text) in enumerate(archive_rows(archive, member, newline)):
             if row in part_of:
                 drawn[part_of[row]][row] = {"ori": text[-1024:] if member == "train" else text, "label": label}
-        in_test |= {text_hash(row["ori"]) for row in drawn.get("test", {}).values()}
+        if member == "test":
+            test_texts = {row["ori"] for row in drawn["test"].values()}
         for part, content in drawn.items():
             write_atomically(archive.with_name(f"{part}.json"), json.dumps(content).encode())
 
@@ -882,7 +885,7 @@ def decode_one(numbered: tuple[int, tuple[Path, int]], x: np.ndarray, side: int,
         return None
     fitted = geometry.resize(image, [side, side] if squash else [side])
     x[index] = np.asarray(geometry.center_crop(fitted, list(x.shape[2:]))).transpose(2, 0, 1)
-    return hashlib.blake2b(image.tobytes() + str(image.size).encode(), digest_size=12).hexdigest()
+    return content_hash(image.tobytes() + str(image.size).encode()).hex()
 
 
 def read_picture(file: str | Path) -> Any:
@@ -1341,7 +1344,7 @@ def tokenize(texts: list[str], tokenizer: Any, max_length: int, cache: str | Non
     tokenizer.truncation_side = "right"
     key = hashlib.blake2b(f"{max_length}/{tokenizer.backend_tokenizer.to_str()}".encode(), digest_size=12)
     for text in texts:
-        key.update(text_hash(text))
+        key.update(content_hash(text.encode()))
     path = Path(cache or "") / "tokens" / f"{key.hexdigest()}.npy"
     if cache and path.exists():
         stored = np.load(path, mmap_mode="r")
