@@ -236,11 +236,7 @@ def average(x: Tensor) -> Tensor:
 
 def agreed(flag: bool) -> bool:
     """Whether `flag` holds in any process, which all of them learn at once."""
-    if PROCESSES > 1:
-        flags = torch.tensor([float(flag)])
-        torch.distributed.all_reduce(flags)
-        flag = bool(flags)
-    return flag
+    return bool(average(torch.tensor(float(flag))))
 
 
 def first_process_first(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -319,19 +315,18 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
 
 def check_arguments(given: dict[str, Any]) -> None:
     """Raise UserError for a number out of its range; `given` maps argument names to values."""
-    ranges = {  # name: (lowest, highest, lowest and highest allowed themselves)
-        "num_steps": (1, math.inf), "num_steps_stage1": (1, math.inf), "batch_size": (1, math.inf),
-        "uratio": (1, math.inf),
-        "warmup_steps": (0, math.inf), "log_every": (1, math.inf), "eval_every": (1, math.inf), "lr": (0, math.inf),
-        "weight_decay": (0, math.inf), "layer_decay": (1e-6, 1), "ema_decay": (0, 0.999999), "marginal_decay": (0, 1),
-        "tau": (0, 1), "tau_select": (0, 1), "tau_inner": (0, 1), "lambda_u": (0, math.inf), "lambda_p": (0, math.inf),
-        "sce_alpha": (0, math.inf), "sce_beta": (0, math.inf), "seed": (0, 2**32 - 1), "fusion": (0, math.inf),
+    ranges = {  # (lowest, highest, both allowed themselves): names
+        (1, math.inf): "num_steps num_steps_stage1 batch_size uratio log_every eval_every",
+        (0, math.inf): "warmup_steps lr weight_decay lambda_u lambda_p sce_alpha sce_beta fusion",
+        (0, 1): "tau tau_select tau_inner marginal_decay",
+        (1e-6, 1): "layer_decay", (0, 0.999999): "ema_decay", (0, 2**32 - 1): "seed",
     }  # fmt: skip
-    for name, (low, high) in ranges.items():
-        value = given.get(name, low)
-        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-            wanted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number {wanted}")
+    for (low, high), names in ranges.items():
+        for name in names.split():
+            value = given.get(name, low)
+            if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+                wanted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a number {wanted}")
     if given["batch_size"] % PROCESSES:
         raise UserError(f"--batch-size {given['batch_size']}: expected a multiple of {PROCESSES}, the processes")
 
@@ -2142,15 +2137,8 @@ def write_atomically(path: Path, content: Any) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What is needed to repeat a run: command, versions, device, commit of the code."""
-    git = (
-        subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-        )
-        if shutil.which("git")
-        else None
-    )
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout if shutil.which("git") else ""
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -2158,7 +2146,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
-        "commit": git.stdout.strip() or None if git else None,
+        "commit": commit.strip() or None,
     }
 
 
@@ -2228,23 +2216,20 @@ def parse(args_type: type, **options: Any) -> Any:
     except SystemExit as end:
         if not end.code:  # --help
             raise
-    # Of tyro's words, which differ between its versions, only the first flag is used.
-    words = " ".join(re.sub(r"[\u2500-\u257f|+]", " ", box.getvalue()).split())
+    # Of tyro's words, which differ between its versions, only the first flag or unknown word is used.
+    words = " ".join(re.sub(r"[\u2500-\u257f|+]", " ", box.getvalue()).split()).split("For full")[0].strip()
     hints = {"--" + field.name.replace("_", "-"): str(field.type) for field in dataclasses.fields(args_type)}
-    flag, _, given = next(iter(re.findall(r"--[a-z][\w-]*", words.split("For full")[0])), "").partition("=")
+    see = f"see {Path(sys.argv[0]).name} --help"
+    if unknown := re.match(r"unrecognized[^:]*: *([^\s,]*)", words, re.IGNORECASE):
+        near = difflib.get_close_matches(unknown[1], hints, 1, 0.7)
+        raise UserError(f"{unknown[1]}: there is no such option{'; perhaps ' + near[0] if near else ''}; {see}")
+    flag = "".join(re.findall(r"--[a-z][\w-]*", words)[:1])
     at = [i for i, word in enumerate(sys.argv) if word.partition("=")[0].replace("_", "-") == flag]
-    unrecognized = words.lower().startswith("unrecognized")
-    name = Path(sys.argv[0]).name
-    if flag in hints and at and not unrecognized:
-        given = sys.argv[at[-1]].partition("=")[2] or " ".join(sys.argv[at[-1] + 1 :][:1])
-        given = "" if given.startswith("--") else given
-        raise UserError(f"{flag} {given or 'without a value'}: expected {expected_of(hints[flag])}; see {name} --help")
-    if unrecognized:
-        first = words.partition(":")[2].split("Perhaps")[0].replace(",", " ").split()
-        near = difflib.get_close_matches(flag, hints, 1, 0.7) if first[:1] == [flag] else []
-        hint = f"; perhaps {near[0]}" if near else ""
-        raise UserError(f"{' '.join(first[:1])}: there is no such option{hint}; see {name} --help")
-    raise UserError(f"{words.split('For full')[0].strip()}; see {name} --help")
+    if at and flag in hints:
+        given = sys.argv[at[-1]].partition("=")[2] or "".join(sys.argv[at[-1] + 1 : at[-1] + 2])
+        given = "without a value" if not given or given.startswith("--") else given
+        raise UserError(f"{flag} {given}: expected {expected_of(hints[flag])}; {see}")
+    raise UserError(f"{words}; {see}")
 
 
 def saved_arguments(args_type: type, folder: str) -> Any:
