@@ -29,6 +29,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import glob
 import gzip
 import hashlib
 import io
@@ -49,6 +50,7 @@ import threading
 import time
 import urllib.request
 import warnings
+from collections import Counter
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from datetime import timedelta
@@ -558,8 +560,8 @@ def load_text_set(name: str, data_dir: str) -> Data:
         split_archive(folder / archive, len(classes), sizes, newline)
     numbers = [str(label) for label in range(len(classes))]
     train, test = (read_texts(folder / f"{part}.json", numbers)[0] for part in ("train", "test"))
-    pool = set(train.hashes())
-    unseen = np.flatnonzero([text not in pool for text in test.hashes()])
+    pool = set(train.texts)
+    unseen = np.flatnonzero([text not in pool for text in test.texts])
     if len(unseen) < len(test):
         print(f"{name}: {len(test) - len(unseen)} test texts that also stand in the training part are left out")
     return Data(name, classes, train, test.take(unseen))
@@ -647,19 +649,20 @@ def load_text_file(path: str, test_file: str | None) -> Data:
     (train, classes), test = read_texts(Path(path)), None
     if test_file:
         test, _ = read_texts(Path(test_file), classes)
-        pool = set(train.hashes())
-        inside = [row for row, text in enumerate(test.hashes(), 1) if text in pool]
+        pool = set(train.texts)
+        inside = [row for row, text in enumerate(test.texts, 1) if text in pool]
         if inside:
             raise UserError(
                 f"{test_file}: {len(inside)} of its {len(test)} texts also stand in {path} (first: row {inside[0]}), "
                 "and no test text may be in the unlabeled pool; delete them from one of the two files"
             )
     else:
-        _, at, times = np.unique(np.array(train.hashes(), "S12"), return_inverse=True, return_counts=True)
-        once = [np.flatnonzero((train.y == label) & (times[at] == 1)) for label in range(len(classes))]
-        if min(map(len, once), default=0) >= 10:
+        times = Counter(train.texts)
+        once = np.array([times[text] == 1 for text in train.texts], bool)
+        rows_of = [np.flatnonzero((train.y == label) & once) for label in range(len(classes))]
+        if min(map(len, rows_of), default=0) >= 10:
             rng = np.random.RandomState(0)
-            held = np.concatenate([rng.permutation(rows)[: len(rows) // 5] for rows in once])
+            held = np.concatenate([rng.permutation(rows)[: len(rows) // 5] for rows in rows_of])
             train, test = train.take(np.setdiff1d(np.arange(len(train)), held)), train.take(np.sort(held))
     return Data(Path(path).stem, classes, train, test)
 
@@ -687,12 +690,9 @@ def fetch_source(dataset: str, data_dir: str) -> list[Path]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and its folders, by name; what is hidden is left out."""
-    files = []
-    for at, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        files += [Path(at) / name for name in names if name[0] != "."]
-    return sorted(files)
+    """All files in a folder and its folders, by name; what is hidden is left out, as `glob` does."""
+    found = glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)
+    return sorted(Path(name) for name in found if not os.path.isdir(name))
 
 
 def load_arrays(dataset: str, data_dir: str, sources: list[Path]) -> Data:
@@ -760,17 +760,16 @@ def load_folder(folder: Path, data_dir: str, preset: Preset) -> Data:
     Without test/, a fifth of every class is held out when each has at least 10 labeled pictures;
     with fewer there is no test part. Raises UserError for another structure, an unreadable labeled
     picture, and test pictures that are also in the training part."""
-    names, name = {}, folder.resolve().name
-    for part in ("train", "test"):
-        names[part] = sorted(at.name for at in (folder / part).glob("[!.]*") if at.is_dir())
-    files = {label: files_below(folder / "train" / label) for label in names["train"]}
-    wrong = [label for label in files if not files[label]] + [label for label in names["test"] if label not in files]
+    name, parts = folder.resolve().name, (folder / "train", folder / "test")
+    labels, test_labels = (sorted(at.name for at in part.glob("[!.]*") if at.is_dir()) for part in parts)
+    files = {label: files_below(folder / "train" / label) for label in labels}
+    wrong = [label for label in labels if not files[label]] + [label for label in test_labels if label not in labels]
     if len(files) < 2 or wrong:
         raise UserError(
             f"--dataset {folder}: expected at least two folders train/<class>/ with pictures, and no other classes "
             f"in test/; found {len(files)}" + (f", wrong: {', '.join(wrong)}" if wrong else "")
         )
-    fewest, held_out = min(map(len, files.values())), not names["test"]
+    fewest, held_out = min(map(len, files.values())), not test_labels
     train, test, said = [], [], "test/"
     for y, label in enumerate(files):
         order = np.random.RandomState(0).permutation(len(files[label]))
@@ -842,8 +841,8 @@ def decode(
         x = np.lib.format.open_memmap(to, mode="w+", dtype=np.uint8, shape=shape)
         one = partial(decode_one, x=x, side=side, squash=part == "train")
         with ThreadPool(os.cpu_count()) as pool:  # Pillow's decoders work outside the interpreter's lock
-            work = tqdm(pool.imap(one, enumerate(pictures)), f"decoding {part} pictures", len(x), disable=None)
-            keys = list(work)
+            work = pool.imap(one, enumerate(pictures))
+            keys = list(tqdm(work, f"decoding {part} pictures", len(x), disable=None))
         bad = [i for i, key in enumerate(keys) if key is None]
         refused = [str(pictures[i][0]) for i in bad if pictures[i][1] >= 0]
         doubles = [i for i, key in enumerate(keys) if key in known]
@@ -853,8 +852,8 @@ def decode(
             where = f"{len(doubles)} pictures of the training part are also in test/, e.g. {pictures[doubles[0]][0]}"
             raise UserError(f"{where}; remove them from one of the two")
         if bad or doubles:
-            print(f"left out: {len(doubles)} pictures equal to a held-out one, {len(bad)} unreadable ones", end="")
-            print(*["", *[pictures[i][0] for i in bad]], sep="\n  ")
+            said = f"left out: {len(doubles)} pictures equal to a held-out one, {len(bad)} unreadable ones"
+            print(said, *[pictures[i][0] for i in bad], sep="\n  ")
         keep = sorted({*range(len(x))} - {*bad, *doubles})
         for target, i in enumerate(keep):
             if target != i:
@@ -1489,18 +1488,10 @@ class WideResNet(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.blocks = nn.Sequential(
-            *[
-                WideBlock(
-                    c_in if depth == 0 else c_out,
-                    c_out,
-                    stride if depth == 0 else 1,
-                    c_in == 16 and depth == 0,
-                )
-                for c_in, c_out, stride in ((16, 32, 1), (32, 64, 2), (64, 128, 2))
-                for depth in range(4)
-            ]
-        )
+        self.blocks = nn.Sequential()
+        for c_in, c_out, stride in ((16, 32, 1), (32, 64, 2), (64, 128, 2)):
+            self.blocks.append(WideBlock(c_in, c_out, stride, first=c_in == 16))
+            self.blocks.extend(WideBlock(c_out, c_out, 1, first=False) for _ in range(3))
         self.bn = nn.BatchNorm2d(128, momentum=0.001)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -1837,7 +1828,6 @@ def pseudo_label_accuracy(pseudo_label: Tensor, mask: Tensor, y_true: Tensor) ->
 
 
 # ---------------------------------------------------------------------------- run folder
-
 
 HEALTH = {  # what the health line takes from the metrics
     "mask_rate": "mask {:.2f}", "pl_acc_masked": "pseudo-labels {:.1f} % right", "agree_teacher": "{:.1f} % as the teacher",
