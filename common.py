@@ -833,15 +833,15 @@ def decode(
     for unreadable labeled pictures, and for training pictures equal to one of the test part."""
     side = preset.size if preset.pad else round(preset.size / 0.875)  # ZM crop_ratio
     shape = (len(pictures), 3, *[side if part == "train" else preset.size] * 2)
+    known = set(test_keys)
 
     def make(to: Path) -> dict[str, Any]:
         need, free = math.prod(shape), shutil.disk_usage(to.parent).free
         if need > free:  # a memory map would end the process instead
             raise OSError(f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
         x = np.lib.format.open_memmap(to, mode="w+", dtype=np.uint8, shape=shape)
-        one = partial(decode_one, x=x, side=side, squash=part == "train")
         with ThreadPool(os.cpu_count()) as pool:  # Pillow's decoders work outside the interpreter's lock
-            work = pool.imap(one, enumerate(pictures))
+            work = pool.imap(lambda i: decode_one(pictures[i][0], x[i], side, part == "train"), range(len(x)))
             keys = list(tqdm(work, f"decoding {part} pictures", len(x), disable=None))
         bad = [i for i, key in enumerate(keys) if key is None]
         refused = [str(pictures[i][0]) for i in bad if pictures[i][1] >= 0]
@@ -861,24 +861,22 @@ def decode(
         x.flush()
         return {"keep": keep, "keys": [keys[i] for i in keep]}
 
-    known = set(test_keys)
     recipe = [shape, [y for _, y in pictures], sorted(known)]
     x, facts = stored(Path(f"{store}-{part}-{side}.npy"), [file for file, _ in pictures], recipe, make)
     files, labels = zip(*[pictures[i] for i in facts["keep"]], strict=True)
     return Split(x[: len(labels)], np.array(labels), [str(file) for file in files], facts["keys"])
 
 
-def decode_one(numbered: tuple[int, tuple[Path, int]], x: np.ndarray, side: int, squash: bool) -> str | None:
-    """Decode (index, (file, label)) to x[index]; returns the hash of its pixels, None where it is unreadable."""
+def decode_one(file: Path, out: np.ndarray, side: int, squash: bool) -> str | None:
+    """Decode a picture to out [3, H, W]; returns the hash of its pixels, None where it is unreadable."""
     from torchvision.transforms import functional as geometry
 
-    index, (file, _) = numbered
     try:
         image = read_picture(file)
     except Exception:  # damaged files make Pillow raise errors of many kinds; the caller names the file
         return None
     fitted = geometry.resize(image, [side, side] if squash else [side])
-    x[index] = np.asarray(geometry.center_crop(fitted, list(x.shape[2:]))).transpose(2, 0, 1)
+    out[:] = np.asarray(geometry.center_crop(fitted, list(out.shape[1:]))).transpose(2, 0, 1)
     return content_hash(image.tobytes() + str(image.size).encode()).hex()
 
 
@@ -1912,12 +1910,13 @@ class Run:
         if y_zs is not None:
             print(f"teacher's labels of a class: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
             print(f"teacher right on labeled examples: {share_right(int((y_zs[labeled] == y_lb).sum()), labels)}")
-        said = [f"{warm_up} steps of stage 1: {warm_up * rows / n:.1f} passes over the pool"] if warm_up else []
-        said += [
-            f"{steps} steps x ({batch} labeled + {rows} unlabeled): {steps * batch / labels:.0f} passes over the labels, "
-            f"{steps * rows / n:.1f} over the pool"
-        ]
-        print("plan:", "; then ".join({"1": said[:1], "2": said[-1:]}.get(stages, said)))
+        plan = []
+        if warm_up and stages != "2":
+            plan.append(f"{warm_up} steps of stage 1: {warm_up * rows / n:.1f} passes over the pool")
+        if stages != "1":
+            passes = f"{steps * batch / labels:.0f} passes over the labels, {steps * rows / n:.1f} over the pool"
+            plan.append(f"{steps} steps x ({batch} labeled + {rows} unlabeled): {passes}")
+        print("plan:", "; then ".join(plan))
         print(f"measured at evaluations: {MEASURED[measured][1]}")
         print("  ".join(f"{name} {value}" for name, value in args.items() if value is not None), flush=True)
         write_atomically(self.folder / "labeled_idx.txt", "".join(f"{i}\n" for i in labeled).encode())
