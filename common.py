@@ -1828,8 +1828,10 @@ def pseudo_label_accuracy(pseudo_label: Tensor, mask: Tensor, y_true: Tensor) ->
 # ---------------------------------------------------------------------------- run folder
 
 HEALTH = {  # what the health line takes from the metrics
-    "mask_rate": "mask {:.2f}", "pl_acc_masked": "pseudo-labels {:.1f} % right", "agree_teacher": "{:.1f} % as the teacher",
-}  # fmt: skip
+    "mask_rate": "mask {:.2f}",
+    "pl_acc_masked": "pseudo-labels {:.1f} % right",
+    "agree_teacher": "{:.1f} % as the teacher",
+}
 
 
 class Run:
@@ -1879,7 +1881,9 @@ class Run:
         rows = []
         for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:
-                rows += [row for row in [json.loads(line)] if (row["stage"], row["step"]) <= (stage, step)]
+                row = json.loads(line)
+                if (row["stage"], row["step"]) <= (stage, step):
+                    rows.append(row)
             except (ValueError, LookupError, TypeError):
                 continue  # torn by the end of the process, or zeros after a power cut
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

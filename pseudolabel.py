@@ -937,8 +937,8 @@ def summary(path: Path, rows: list[dict[str, Any]], data: Data, args: Args) -> d
     said = "{path}: {labeled} of {num_examples} labeled, {abstentions} abstentions, {with_probs} with probs"
     print(said.format(**result))
     print("labels of a class:", class_counts(labels, classes))
-    for what, factor in (("so far", 1), (f"estimate for all {len(y)}", len(y) / max(1, result["labeled"]))):
-        if any(used):
+    if any(used):
+        for what, factor in (("so far", 1), (f"estimate for all {len(y)}", len(y) / max(1, result["labeled"]))):
             tokens_in, tokens_out, cost = used[0] * factor, used[1] * factor, result["cost"] * factor
             print(f"{what}: {tokens_in:.0f} tokens in, {tokens_out:.0f} out, cost {cost:.4f}")
     if result["known"]:
