@@ -29,6 +29,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import glob
 import gzip
 import hashlib
 import io
@@ -49,8 +50,10 @@ import threading
 import time
 import urllib.request
 import warnings
+from collections import Counter
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache, partial, wraps
 from http.client import HTTPException
 from itertools import chain
@@ -181,17 +184,20 @@ def seed_step(seed: int, stage: int | str, step: int) -> None:
 
     Seeds torch's global generators (all devices), which views, dropout and stochastic depth draw
     from: that is why a resumed run needs no generator state to go on bit for bit."""
-    digest = hashlib.blake2b(f"{seed}/{stage}/{step}".encode(), digest_size=8).digest()
     # where there is no accelerator torch.manual_seed would note where it was called from, for later
     manual_seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
-    manual_seed(int.from_bytes(digest, "little") >> 1)
+    manual_seed(seed_of(seed, stage, step))
+
+
+def seed_of(*key: Any) -> int:
+    """A seed of 63 bits for each key."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @lru_cache(maxsize=8)
 def _permutation(n: int, seed: int, number: int) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}/order/{number}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randperm(n, generator=generator)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "order", number)))
 
 
 def batch_at(n: int, batch: int, seed: int, step: int) -> Tensor:
@@ -231,11 +237,7 @@ def average(x: Tensor) -> Tensor:
 
 def agreed(flag: bool) -> bool:
     """Whether `flag` holds in any process, which all of them learn at once."""
-    if PROCESSES > 1:
-        flags = torch.tensor([float(flag)])
-        torch.distributed.all_reduce(flags)
-        flag = bool(flags)
-    return flag
+    return bool(average(torch.tensor(float(flag))))
 
 
 def first_process_first(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -314,19 +316,18 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
 
 def check_arguments(given: dict[str, Any]) -> None:
     """Raise UserError for a number out of its range; `given` maps argument names to values."""
-    ranges = {  # name: (lowest, highest, lowest and highest allowed themselves)
-        "num_steps": (1, math.inf), "num_steps_stage1": (1, math.inf), "batch_size": (1, math.inf),
-        "uratio": (1, math.inf),
-        "warmup_steps": (0, math.inf), "log_every": (1, math.inf), "eval_every": (1, math.inf), "lr": (0, math.inf),
-        "weight_decay": (0, math.inf), "layer_decay": (1e-6, 1), "ema_decay": (0, 0.999999), "marginal_decay": (0, 1),
-        "tau": (0, 1), "tau_select": (0, 1), "tau_inner": (0, 1), "lambda_u": (0, math.inf), "lambda_p": (0, math.inf),
-        "sce_alpha": (0, math.inf), "sce_beta": (0, math.inf), "seed": (0, 2**32 - 1),
+    ranges = {  # (lowest, highest, both allowed themselves): names
+        (1, math.inf): "num_steps num_steps_stage1 batch_size uratio log_every eval_every",
+        (0, math.inf): "warmup_steps lr weight_decay lambda_u lambda_p sce_alpha sce_beta",
+        (0, 1): "tau tau_select tau_inner marginal_decay",
+        (1e-6, 1): "layer_decay", (0, 0.999999): "ema_decay", (0, 2**32 - 1): "seed",
     }  # fmt: skip
-    for name, (low, high) in ranges.items():
-        value = given.get(name, low)
-        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-            wanted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number {wanted}")
+    for (low, high), names in ranges.items():
+        for name in names.split():
+            value = given.get(name, low)
+            if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+                wanted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a number {wanted}")
     if given["batch_size"] % PROCESSES:
         raise UserError(f"--batch-size {given['batch_size']}: expected a multiple of {PROCESSES}, the processes")
 
@@ -352,7 +353,7 @@ class Split:
         """One content hash an example; equal images have equal hashes."""
         if self.keys is not None:
             return [bytes.fromhex(key) for key in self.keys]
-        return [hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=12).digest() for row in self.x]
+        return [content_hash(row.tobytes()) for row in self.x]
 
     def take(self, idx: np.ndarray) -> Split:
         """The examples at positions idx."""
@@ -372,7 +373,7 @@ class TextSplit:
 
     def hashes(self) -> list[bytes]:
         """One content hash an example; equal texts have equal hashes."""
-        return [text_hash(text) for text in self.texts]
+        return [content_hash(text.encode()) for text in self.texts]
 
     def take(self, idx: np.ndarray) -> TextSplit:
         """The examples at positions idx."""
@@ -380,8 +381,8 @@ class TextSplit:
         return TextSplit([self.texts[i] for i in idx], aug, self.y[idx])
 
 
-def text_hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=12).digest()
+def content_hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=12).digest()
 
 
 @dataclass
@@ -415,8 +416,10 @@ def load_data(dataset: str, data_dir: str, test_file: str | None = None) -> Data
         return load_text_set(dataset, data_dir)
     if dataset not in PRESETS:
         return load_folder(Path(dataset), data_dir, preset)
-    if dataset in ("digits", "fashion_mnist"):
-        return {"digits": load_digits, "fashion_mnist": load_fashion_mnist}[dataset](data_dir)
+    if dataset == "digits":
+        return load_digits()
+    if dataset == "fashion_mnist":
+        return load_fashion_mnist(data_dir)
     sources = fetch_source(dataset, data_dir)
     if dataset in ("cifar10", "cifar100", "svhn", "stl10"):
         return load_arrays(dataset, data_dir, sources)
@@ -425,7 +428,7 @@ def load_data(dataset: str, data_dir: str, test_file: str | None = None) -> Data
     return Data(dataset, classes, decode(train, store, preset, "train"), decode(test, store, preset, "test"))
 
 
-def load_digits(data_dir: str) -> Data:
+def load_digits() -> Data:
     """scikit-learn's 1,797 handwritten digits, 8x8, stored as round(value * 255 / 16).
 
     No split is published: a fixed permutation, the same for every run, keeps 500 of them for test."""
@@ -439,35 +442,18 @@ def load_digits(data_dir: str) -> Data:
     return Data("digits", [str(d) for d in range(10)], Split(x[train], y[train]), Split(x[test], y[test]))
 
 
-FASHION_CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot".split(", ")
 DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # package dataset-fashion-mnist
-FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-FASHION_FILES = {  # name: md5, torchvision 0.29 datasets/mnist.py
-    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-}
+FASHION_CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot".split(", ")
 
 
 def load_fashion_mnist(data_dir: str) -> Data:
     """Fashion-MNIST, 60,000 + 10,000 images of 28x28, from Debian's folder or the publisher's files."""
-    folder = Path(DEBIAN_FASHION)
-    if not all((folder / name).exists() for name in FASHION_FILES):
-        folder = Path(data_dir) / "fashion_mnist"
-        for name, md5 in FASHION_FILES.items():
-            fetch(FASHION_URL + name, folder / name, md5)
-
-    def read(name: str, header: int) -> np.ndarray:
-        return np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=header)
-
-    parts = [
-        Split(
-            read(f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28),
-            read(f"{part}-labels-idx1-ubyte.gz", 8).astype(np.int64),
-        )
-        for part in ("train", "t10k")
-    ]
+    files = [Path(DEBIAN_FASHION) / Path(url).name for url, *_ in SOURCES["fashion_mnist"]]
+    if not all(file.exists() for file in files):
+        files = fetch_source("fashion_mnist", data_dir)
+    read = [np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in files]
+    pairs = (read[:2], read[2:])  # images behind a header of 16 bytes, labels behind one of 8
+    parts = [Split(x[16:].reshape(-1, 1, 28, 28), y[8:].astype(np.int64)) for x, y in pairs]
     return Data("fashion_mnist", FASHION_CLASSES, *parts)
 
 
@@ -475,8 +461,14 @@ def load_fashion_mnist(data_dir: str) -> Data:
 # of torchvision's classes, so that their downloads are found. Sources: torchvision 0.29 datasets; torchgeo resisc45.
 # fmt: off
 OXFORD, HOUSES = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", "http://ufldl.stanford.edu/housenumbers/"
+FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 RESISC = "https://hf.co/datasets/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/"
 SOURCES = {
+    "fashion_mnist": [
+        (FASHION + "train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "fashion_mnist", ""),
+        (FASHION + "train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe", "fashion_mnist", ""),
+        (FASHION + "t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79", "fashion_mnist", ""),
+        (FASHION + "t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310", "fashion_mnist", "")],
     "cifar10": [("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
                  "c58f30108f718f92721af3b95e74349a", "", "cifar-10-batches-py")],
     "cifar100": [("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
@@ -567,8 +559,8 @@ def load_text_set(name: str, data_dir: str) -> Data:
         split_archive(folder / archive, len(classes), sizes, newline)
     numbers = [str(label) for label in range(len(classes))]
     train, test = (read_texts(folder / f"{part}.json", numbers)[0] for part in ("train", "test"))
-    pool = set(train.hashes())
-    unseen = np.flatnonzero([text not in pool for text in test.hashes()])
+    pool = set(train.texts)
+    unseen = np.flatnonzero([text not in pool for text in test.texts])
     if len(unseen) < len(test):
         print(f"{name}: {len(test) - len(unseen)} test texts that also stand in the training part are left out")
     return Data(name, classes, train, test.take(unseen))
@@ -578,19 +570,19 @@ def split_archive(archive: Path, num_classes: int, sizes: tuple[int, int, int], 
     """Write test.json, train.json and dev.json beside the archive: a fixed draw of `sizes` rows a class.  # T3
 
     dev is kept out of the pool and never read here. Each CSV is read twice: only drawn rows are held."""
-    rng, in_test = np.random.RandomState(0), set()
-    for member, parts in (("test", {"test": sizes[2]}), ("train", {"train": sizes[0], "dev": sizes[1]})):
+    rng, (train, dev, test), test_texts = np.random.RandomState(0), sizes, set()
+    train_parts = {"train": slice(train), "dev": slice(train, train + dev)}
+    for member, parts in (("test", {"test": slice(test)}), ("train", train_parts)):
         rows = archive_rows(archive, member, newline)
-        y = np.array([-1 if text_hash(text) in in_test else label for label, text in rows])
-        orders, start, part_of = [rng.permutation(np.flatnonzero(y == k)) for k in range(num_classes)], 0, {}
-        for part, size in parts.items():
-            part_of |= dict.fromkeys(np.concatenate([o[start : start + size] for o in orders]).tolist(), part)
-            start += size
+        y = np.array([-1 if text in test_texts else label for label, text in rows])
+        orders = [rng.permutation(np.flatnonzero(y == k)) for k in range(num_classes)]
+        part_of = {row: part for part, cut in parts.items() for order in orders for row in order[cut].tolist()}
         drawn: dict[str, dict[int, Any]] = {part: {} for part in parts}
         for row, (label, text) in enumerate(archive_rows(archive, member, newline)):
             if row in part_of:
                 drawn[part_of[row]][row] = {"ori": text[-1024:] if member == "train" else text, "label": label}
-        in_test |= {text_hash(row["ori"]) for row in drawn.get("test", {}).values()}
+        if member == "test":
+            test_texts = {row["ori"] for row in drawn["test"].values()}
         for part, content in drawn.items():
             write_atomically(archive.with_name(f"{part}.json"), json.dumps(content).encode())
 
@@ -656,19 +648,20 @@ def load_text_file(path: str, test_file: str | None) -> Data:
     (train, classes), test = read_texts(Path(path)), None
     if test_file:
         test, _ = read_texts(Path(test_file), classes)
-        pool = set(train.hashes())
-        inside = [row for row, text in enumerate(test.hashes(), 1) if text in pool]
+        pool = set(train.texts)
+        inside = [row for row, text in enumerate(test.texts, 1) if text in pool]
         if inside:
             raise UserError(
                 f"{test_file}: {len(inside)} of its {len(test)} texts also stand in {path} (first: row {inside[0]}), "
                 "and no test text may be in the unlabeled pool; delete them from one of the two files"
             )
     else:
-        _, at, times = np.unique(np.array(train.hashes(), "S12"), return_inverse=True, return_counts=True)
-        once = [np.flatnonzero((train.y == label) & (times[at] == 1)) for label in range(len(classes))]
-        if min(map(len, once), default=0) >= 10:
+        times = Counter(train.texts)
+        once = np.array([times[text] == 1 for text in train.texts], bool)
+        rows_of = [np.flatnonzero((train.y == label) & once) for label in range(len(classes))]
+        if min(map(len, rows_of), default=0) >= 10:
             rng = np.random.RandomState(0)
-            held = np.concatenate([rng.permutation(rows)[: len(rows) // 5] for rows in once])
+            held = np.concatenate([rng.permutation(rows)[: len(rows) // 5] for rows in rows_of])
             train, test = train.take(np.setdiff1d(np.arange(len(train)), held)), train.take(np.sort(held))
     return Data(Path(path).stem, classes, train, test)
 
@@ -696,12 +689,9 @@ def fetch_source(dataset: str, data_dir: str) -> list[Path]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and its folders, by name; what is hidden is left out."""
-    files = []
-    for at, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        files += [Path(at) / name for name in names if name[0] != "."]
-    return sorted(files)
+    """All files in a folder and its folders, by name; what is hidden is left out, as `glob` does."""
+    found = glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)
+    return sorted(Path(name) for name in found if not os.path.isdir(name))
 
 
 def load_arrays(dataset: str, data_dir: str, sources: list[Path]) -> Data:
@@ -769,17 +759,16 @@ def load_folder(folder: Path, data_dir: str, preset: Preset) -> Data:
     Without test/, a fifth of every class is held out when each has at least 10 labeled pictures;
     with fewer there is no test part. Raises UserError for another structure, an unreadable labeled
     picture, and test pictures that are also in the training part."""
-    names, name = {}, folder.resolve().name
-    for part in ("train", "test"):
-        names[part] = sorted(at.name for at in (folder / part).glob("[!.]*") if at.is_dir())
-    files = {label: files_below(folder / "train" / label) for label in names["train"]}
-    wrong = [label for label in files if not files[label]] + [label for label in names["test"] if label not in files]
+    name, parts = folder.resolve().name, (folder / "train", folder / "test")
+    labels, test_labels = (sorted(at.name for at in part.glob("[!.]*") if at.is_dir()) for part in parts)
+    files = {label: files_below(folder / "train" / label) for label in labels}
+    wrong = [label for label in labels if not files[label]] + [label for label in test_labels if label not in labels]
     if len(files) < 2 or wrong:
         raise UserError(
             f"--dataset {folder}: expected at least two folders train/<class>/ with pictures, and no other classes "
             f"in test/; found {len(files)}" + (f", wrong: {', '.join(wrong)}" if wrong else "")
         )
-    fewest, held_out = min(map(len, files.values())), not names["test"]
+    fewest, held_out = min(map(len, files.values())), not test_labels
     train, test, said = [], [], "test/"
     for y, label in enumerate(files):
         order = np.random.RandomState(0).permutation(len(files[label]))
@@ -843,16 +832,16 @@ def decode(
     for unreadable labeled pictures, and for training pictures equal to one of the test part."""
     side = preset.size if preset.pad else round(preset.size / 0.875)  # ZM crop_ratio
     shape = (len(pictures), 3, *[side if part == "train" else preset.size] * 2)
+    known = set(test_keys)
 
     def make(to: Path) -> dict[str, Any]:
         need, free = math.prod(shape), shutil.disk_usage(to.parent).free
         if need > free:  # a memory map would end the process instead
             raise OSError(f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
         x = np.lib.format.open_memmap(to, mode="w+", dtype=np.uint8, shape=shape)
-        one = partial(decode_one, x=x, side=side, squash=part == "train")
         with ThreadPool(os.cpu_count()) as pool:  # Pillow's decoders work outside the interpreter's lock
-            work = tqdm(pool.imap(one, enumerate(pictures)), f"decoding {part} pictures", len(x), disable=None)
-            keys = list(work)
+            work = pool.imap(lambda i: decode_one(pictures[i][0], x[i], side, part == "train"), range(len(x)))
+            keys = list(tqdm(work, f"decoding {part} pictures", len(x), disable=None))
         bad = [i for i, key in enumerate(keys) if key is None]
         refused = [str(pictures[i][0]) for i in bad if pictures[i][1] >= 0]
         doubles = [i for i, key in enumerate(keys) if key in known]
@@ -862,8 +851,8 @@ def decode(
             where = f"{len(doubles)} pictures of the training part are also in test/, e.g. {pictures[doubles[0]][0]}"
             raise UserError(f"{where}; remove them from one of the two")
         if bad or doubles:
-            print(f"left out: {len(doubles)} pictures equal to a held-out one, {len(bad)} unreadable ones", end="")
-            print(*["", *[pictures[i][0] for i in bad]], sep="\n  ")
+            said = f"left out: {len(doubles)} pictures equal to a held-out one, {len(bad)} unreadable ones"
+            print(said, *[pictures[i][0] for i in bad], sep="\n  ")
         keep = sorted({*range(len(x))} - {*bad, *doubles})
         for target, i in enumerate(keep):
             if target != i:
@@ -871,25 +860,23 @@ def decode(
         x.flush()
         return {"keep": keep, "keys": [keys[i] for i in keep]}
 
-    known = set(test_keys)
     recipe = [shape, [y for _, y in pictures], sorted(known)]
     x, facts = stored(Path(f"{store}-{part}-{side}.npy"), [file for file, _ in pictures], recipe, make)
     files, labels = zip(*[pictures[i] for i in facts["keep"]], strict=True)
     return Split(x[: len(labels)], np.array(labels), [str(file) for file in files], facts["keys"])
 
 
-def decode_one(numbered: tuple[int, tuple[Path, int]], x: np.ndarray, side: int, squash: bool) -> str | None:
-    """Decode (index, (file, label)) to x[index]; returns the hash of its pixels, None where it is unreadable."""
+def decode_one(file: Path, out: np.ndarray, side: int, squash: bool) -> str | None:
+    """Decode a picture to out [3, H, W]; returns the hash of its pixels, None where it is unreadable."""
     from torchvision.transforms import functional as geometry
 
-    index, (file, _) = numbered
     try:
         image = read_picture(file)
     except Exception:  # damaged files make Pillow raise errors of many kinds; the caller names the file
         return None
     fitted = geometry.resize(image, [side, side] if squash else [side])
-    x[index] = np.asarray(geometry.center_crop(fitted, list(x.shape[2:]))).transpose(2, 0, 1)
-    return hashlib.blake2b(image.tobytes() + str(image.size).encode(), digest_size=12).hexdigest()
+    out[:] = np.asarray(geometry.center_crop(fitted, list(out.shape[1:]))).transpose(2, 0, 1)
+    return content_hash(image.tobytes() + str(image.size).encode()).hex()
 
 
 def read_picture(file: str | Path) -> Any:
@@ -1348,7 +1335,7 @@ def tokenize(texts: list[str], tokenizer: Any, max_length: int, cache: str | Non
     tokenizer.truncation_side = "right"
     key = hashlib.blake2b(f"{max_length}/{tokenizer.backend_tokenizer.to_str()}".encode(), digest_size=12)
     for text in texts:
-        key.update(text_hash(text))
+        key.update(content_hash(text.encode()))
     path = Path(cache or "") / "tokens" / f"{key.hexdigest()}.npy"
     if cache and path.exists():
         stored = np.load(path, mmap_mode="r")
@@ -1498,18 +1485,10 @@ class WideResNet(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.blocks = nn.Sequential(
-            *[
-                WideBlock(
-                    c_in if depth == 0 else c_out,
-                    c_out,
-                    stride if depth == 0 else 1,
-                    c_in == 16 and depth == 0,
-                )
-                for c_in, c_out, stride in ((16, 32, 1), (32, 64, 2), (64, 128, 2))
-                for depth in range(4)
-            ]
-        )
+        self.blocks = nn.Sequential()
+        for c_in, c_out, stride in ((16, 32, 1), (32, 64, 2), (64, 128, 2)):
+            self.blocks.append(WideBlock(c_in, c_out, stride, first=c_in == 16))
+            self.blocks.extend(WideBlock(c_out, c_out, 1, first=False) for _ in range(3))
         self.bn = nn.BatchNorm2d(128, momentum=0.001)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -1621,8 +1600,6 @@ def vit_small(patch: int, size: int) -> nn.Module:
     from torchvision.ops import StochasticDepth
     from transformers import ViTConfig, ViTModel
 
-    if size % patch:
-        raise UserError(f"--backbone vit_small: images of {size} pixels cannot be cut into patches of {patch}")
     config = ViTConfig(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, layer_norm_eps=1e-6,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, image_size=size, patch_size=patch,
@@ -1641,20 +1618,22 @@ def build_student(backbone: str, channels: int, size: int, num_classes: int, num
     backbone: cnn, wrn_28_2, efficientnet_b0, one of VITS, or a model of transformers (id or folder).
     channels 0: a student for texts."""
     if channels == 0:
-        return Student(TextEncoder(backbone), num_classes, num_extra)
-    if backbone == "cnn":
-        return Student(SmallCNN(channels, size), num_classes, num_extra)
-    if backbone == "wrn_28_2":
-        return Student(WideResNet(channels), num_classes, num_extra)
-    try:
-        return Student(PretrainedEncoder(backbone, size), num_classes, num_extra)
-    except UserError:
-        raise
-    except Exception as error:  # a folder of any content
-        raise UserError(
-            f"--backbone {backbone}: expected cnn, wrn_28_2, efficientnet_b0, {', '.join(VITS)} or a model of "
-            f"transformers for images of {size} pixels ({reason_of(error)})"
-        ) from None
+        encoder = TextEncoder(backbone)
+    elif backbone == "cnn":
+        encoder = SmallCNN(channels, size)
+    elif backbone == "wrn_28_2":
+        encoder = WideResNet(channels)
+    elif size % VITS.get(backbone, 1):
+        raise UserError(f"--backbone vit_small: images of {size} pixels cannot be cut into patches of {VITS[backbone]}")
+    else:
+        try:
+            encoder = PretrainedEncoder(backbone, size)
+        except Exception as error:  # a folder of any content
+            raise UserError(
+                f"--backbone {backbone}: expected cnn, wrn_28_2, efficientnet_b0, {', '.join(VITS)} or a model of "
+                f"transformers for images of {size} pixels ({reason_of(error)})"
+            ) from None
+    return Student(encoder, num_classes, num_extra)
 
 
 USB = "https://github.com/microsoft/Semi-supervised-learning/releases/download/v.0.0.0/"
@@ -1688,6 +1667,22 @@ def from_timm(state: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
     return out
 
 
+def read_weights(path: str, backbone: str) -> dict[str, Tensor]:
+    """The tensors of a weight file; nothing in it is executed. Raises UserError for a file of anything else."""
+    from safetensors.torch import load_file
+
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state)
+        if not all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in state.items()):
+            raise ValueError("expected tensors by their names")
+        return state
+    except Exception as error:  # a file of any content: unpickling raises errors of many kinds
+        raise UserError(f"--weights: {path} cannot be read as weights of {backbone} ({reason_of(error)})") from None
+
+
 @first_process_first
 def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None:
     """Fill an encoder with pre-trained weights: a file's, the published ones (None), or "none".
@@ -1703,37 +1698,25 @@ def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None
                 reason = str(error).splitlines()[1].strip()
                 raise UserError(f"--weights {weights}: do not fit {backbone} ({reason})") from None
         return
-    known = backbone in WEIGHTS
     if weights == "none" or (weights is None and backbone in ("cnn", "wrn_28_2")):
         print(f"{backbone} starts from scratch, without pre-trained weights")
         return
-    target, source = getattr(encoder, "model", encoder), weights or WEIGHTS.get(backbone, backbone)
-    try:
-        if weights is None and known:
-            path = Path(torch.hub.get_dir()) / "checkpoints" / source.rsplit("/", 1)[1]
-            fetch(source, path)
-            source = str(path)
-        if weights is None and not known:
-            from transformers import AutoModel
-
-            model = AutoModel.from_pretrained(backbone, dtype=torch.float32, trust_remote_code=False)
-            state = getattr(model, "vision_model", model).state_dict()
-        elif source.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(source)
-        else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-            state = state.get("model", state)
-        if not all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in state.items()):
-            raise ValueError("expected tensors by their names")
-    except UserError as error:
-        raise UserError(f"{error}, or start from scratch with --weights none") from None
-    except Exception as error:  # a file of any content: unpickling raises errors of many kinds
-        raise UserError(f"--weights: {source} cannot be read as weights of {backbone} ({reason_of(error)})") from None
+    source = weights or backbone
+    if weights is None and backbone in WEIGHTS:
+        source = f"{torch.hub.get_dir()}/checkpoints/{Path(WEIGHTS[backbone]).name}"
+        try:
+            fetch(WEIGHTS[backbone], Path(source))
+        except UserError as error:
+            raise UserError(f"{error}, or start from scratch with --weights none") from None
+    if source == backbone:
+        model = load_pretrained("AutoModel", backbone, dtype=torch.float32)
+        state = getattr(model, "vision_model", model).state_dict()
+    else:
+        state = read_weights(source, backbone)
     state = {name.removeprefix("module."): weight for name, weight in state.items()}
     heads = ("fc", "classifier", "mlp", "head")  # ZM semilearn/nets/utils.py
     state = {name: weight for name, weight in state.items() if not name.startswith(heads)}
+    target = getattr(encoder, "model", encoder)
     wanted = target.state_dict()
     if backbone in VITS and "pos_embed" in state:
         state = from_timm(state, wanted["embeddings.position_embeddings"].shape[1])
@@ -1850,6 +1833,12 @@ def pseudo_label_accuracy(pseudo_label: Tensor, mask: Tensor, y_true: Tensor) ->
 
 # ---------------------------------------------------------------------------- run folder
 
+HEALTH = {  # what the health line takes from the metrics
+    "mask_rate": "mask {:.2f}",
+    "pl_acc_masked": "pseudo-labels {:.1f} % right",
+    "agree_teacher": "{:.1f} % as the teacher",
+}
+
 
 class Run:
     """One folder `runs/<name>-<time>/`: args, environment, metrics, checkpoint, result, student.
@@ -1898,7 +1887,9 @@ class Run:
         rows = []
         for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:
-                rows += [row for row in [json.loads(line)] if (row["stage"], row["step"]) <= (stage, step)]
+                row = json.loads(line)
+                if (row["stage"], row["step"]) <= (stage, step):
+                    rows.append(row)
             except (ValueError, LookupError, TypeError):
                 continue  # torn by the end of the process, or zeros after a power cut
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -1929,12 +1920,13 @@ class Run:
         if y_zs is not None:
             print(f"teacher's labels of a class: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
             print(f"teacher right on labeled examples: {share_right(int((y_zs[labeled] == y_lb).sum()), labels)}")
-        said = [f"{warm_up} steps of stage 1: {warm_up * rows / n:.1f} passes over the pool"] if warm_up else []
-        said += [
-            f"{steps} steps x ({batch} labeled + {rows} unlabeled): {steps * batch / labels:.0f} passes over the labels, "
-            f"{steps * rows / n:.1f} over the pool"
-        ]
-        print("plan:", "; then ".join({"1": said[:1], "2": said[-1:]}.get(stages, said)))
+        plan = []
+        if warm_up and stages != "2":
+            plan.append(f"{warm_up} steps of stage 1: {warm_up * rows / n:.1f} passes over the pool")
+        if stages != "1":
+            passes = f"{steps * batch / labels:.0f} passes over the labels, {steps * rows / n:.1f} over the pool"
+            plan.append(f"{steps} steps x ({batch} labeled + {rows} unlabeled): {passes}")
+        print("plan:", "; then ".join(plan))
         print(f"measured at evaluations: {MEASURED[measured][1]}")
         print("  ".join(f"{name} {value}" for name, value in args.items() if value is not None), flush=True)
         write_atomically(self.folder / "labeled_idx.txt", "".join(f"{i}\n" for i in labeled).encode())
@@ -1975,14 +1967,12 @@ class Run:
             self.counts.index_add_(0, pseudo_label, mask)
         self.timed += 1
         if self.timed == 3 and f"time {stage}" not in self.warned:
-            seconds = (num_steps - step) * (time.perf_counter() - self.mark) / 3
             self.warned.add(f"time {stage}")
-            hours, said = seconds / 3600, f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-            if hours > 1:
-                said = f"{hours:.0f} h on {self.device}; --num-steps, --batch-size, a smaller --backbone, --amp bf16 "
-                said += "or a GPU make it shorter; it can be resumed"
+            seconds = (num_steps - step) * (time.perf_counter() - self.mark) / 3
+            shorter = "; --num-steps, --batch-size, a smaller --backbone, --amp bf16 or a GPU make it shorter"
             if seconds > 20:
-                print(f"stage {stage} takes about {said}", flush=True)
+                said = f"about {timedelta(seconds=round(seconds))} on {self.device}"
+                print(f"stage {stage} takes {said}{shorter if seconds > 3600 else ''}", flush=True)
         if (step + 1) % log_every and step + 1 < num_steps:
             return
         rate = self.timed / (time.perf_counter() - self.mark)
@@ -2028,39 +2018,37 @@ class Run:
         class_drift is half the sum over classes of |share of the pseudo-labels that counted since the
         last evaluation - share of the labels|: 0 alike, near 1 everything in a class of few labels."""
         self.history.append([stage, step + 1, acc])
-        name, health = MEASURED[self.measured][0], {}
+        name = MEASURED[self.measured][0]
+        row = {name: acc, "time/hours": self.seconds() / 3600}
+        known = {key: mean for key, mean in self.means.items() if not math.isnan(mean)}
+        health = [said.format(known[key]) for key, said in HEALTH.items() if key in known]
         counts = average(self.counts).cpu().double()
         if counts.sum() > 0:
-            shares = counts / counts.sum()
-            health = {"train/class_drift": 0.5 * (shares - self.p_labeled).abs().sum().item()}
-        self._write(stage, step, {name: acc, "time/hours": self.seconds() / 3600} | health)
-        print(f"stage {stage} step {step + 1} | {name} {acc:.2f}{self._health(health, counts)}", flush=True)
+            drift = 0.5 * (counts / counts.sum() - self.p_labeled).abs().sum().item()
+            row["train/class_drift"] = drift
+            health.append(f"class drift {drift:.2f}")
+        if counts.sum() > 50 * len(self.classes):
+            self._warn_of_classes(counts)
+        self._write(stage, step, row)
+        said = f" | health: {', '.join(health)}" if health else ""
+        print(f"stage {stage} step {step + 1} | {name} {acc:.2f}{said}", flush=True)
         self.counts.zero_()
 
-    def _health(self, health: dict[str, float], counts: Tensor) -> str:
-        """The health line, as far as its parts are known; prints warnings about classes."""
-        parts, means = [], {k: v for k, v in self.means.items() if not math.isnan(v)}
-        for key, said in (("mask_rate", "mask {:.2f}"), ("pl_acc_masked", "pseudo-labels {:.1f} % right"),
-                          ("agree_teacher", "{:.1f} % as the teacher")):  # fmt: skip
-            parts += [said.format(means[key])] if key in means else []
-        if not health:
-            return " | health: " + ", ".join(parts) if parts else ""
+    def _warn_of_classes(self, counts: Tensor) -> None:
+        """Warn of a class that swallows the others, and of classes that get nothing."""
         shares, top = counts / counts.sum(), int(counts.argmax())
-        parts += [f"class drift {health['train/class_drift']:.2f}"]
-        enough = counts.sum() > 50 * len(self.classes)
-        if enough and shares[top] > max(0.5, 3 * self.p_labeled[top]):
+        if shares[top] > max(0.5, 3 * self.p_labeled[top]):
             self.warn(
                 f"class {top}", f"{100 * shares[top]:.0f} % of the pseudo-labels are {self.classes[top]!r}, of the "
                 f"labels {100 * self.p_labeled[top]:.0f} %: training may be collapsing; try a higher --tau, lower --lr",
             )  # fmt: skip
         missing = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
-        if missing and enough:
+        if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             self.warn(
                 "missing", f"no pseudo-label of class {', '.join(missing[:5])}{more} counted since the last "
                 "evaluation: such a class is learned from labels alone; if it stays so, try a lower --tau, more labels",
             )  # fmt: skip
-        return f" | health: {', '.join(parts)}"
 
     def _write(self, stage: int, step: int, row: dict[str, float]) -> None:
         row = {"stage": stage, "step": step + 1} | {name: None if math.isnan(v) else v for name, v in row.items()}
@@ -2148,15 +2136,8 @@ def write_atomically(path: Path, content: Any) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What is needed to repeat a run: command, versions, device, commit of the code."""
-    git = (
-        subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-        )
-        if shutil.which("git")
-        else None
-    )
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout if shutil.which("git") else ""
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -2164,7 +2145,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
-        "commit": git.stdout.strip() or None if git else None,
+        "commit": commit.strip() or None,
     }
 
 
@@ -2234,23 +2215,20 @@ def parse(args_type: type, **options: Any) -> Any:
     except SystemExit as end:
         if not end.code:  # --help
             raise
-    # Of tyro's words, which differ between its versions, only the first flag is used.
-    words = " ".join(re.sub(r"[\u2500-\u257f|+]", " ", box.getvalue()).split())
+    # Of tyro's words, which differ between its versions, only the first flag or unknown word is used.
+    words = " ".join(re.sub(r"[\u2500-\u257f|+]", " ", box.getvalue()).split()).split("For full")[0].strip()
     hints = {"--" + field.name.replace("_", "-"): str(field.type) for field in dataclasses.fields(args_type)}
-    flag, _, given = next(iter(re.findall(r"--[a-z][\w-]*", words.split("For full")[0])), "").partition("=")
+    see = f"see {Path(sys.argv[0]).name} --help"
+    if unknown := re.match(r"unrecognized[^:]*: *([^\s,]*)", words, re.IGNORECASE):
+        near = difflib.get_close_matches(unknown[1], hints, 1, 0.7)
+        raise UserError(f"{unknown[1]}: there is no such option{'; perhaps ' + near[0] if near else ''}; {see}")
+    flag = "".join(re.findall(r"--[a-z][\w-]*", words)[:1])
     at = [i for i, word in enumerate(sys.argv) if word.partition("=")[0].replace("_", "-") == flag]
-    unrecognized = words.lower().startswith("unrecognized")
-    name = Path(sys.argv[0]).name
-    if flag in hints and at and not unrecognized:
-        given = sys.argv[at[-1]].partition("=")[2] or " ".join(sys.argv[at[-1] + 1 :][:1])
-        given = "" if given.startswith("--") else given
-        raise UserError(f"{flag} {given or 'without a value'}: expected {expected_of(hints[flag])}; see {name} --help")
-    if unrecognized:
-        first = words.partition(":")[2].split("Perhaps")[0].replace(",", " ").split()
-        near = difflib.get_close_matches(flag, hints, 1, 0.7) if first[:1] == [flag] else []
-        hint = f"; perhaps {near[0]}" if near else ""
-        raise UserError(f"{' '.join(first[:1])}: there is no such option{hint}; see {name} --help")
-    raise UserError(f"{words.split('For full')[0].strip()}; see {name} --help")
+    if at and flag in hints:
+        given = sys.argv[at[-1]].partition("=")[2] or "".join(sys.argv[at[-1] + 1 : at[-1] + 2])
+        given = "without a value" if not given or given.startswith("--") else given
+        raise UserError(f"{flag} {given}: expected {expected_of(hints[flag])}; {see}")
+    raise UserError(f"{words}; {see}")
 
 
 def saved_arguments(args_type: type, folder: str) -> Any:

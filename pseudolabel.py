@@ -50,7 +50,6 @@ import string
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -491,8 +490,7 @@ def ensemble(embeddings: list[Tensor]) -> Tensor:
 @torch.inference_mode()
 def clip_features(encode: Any, **inputs: Tensor) -> Tensor:
     """[n, D] float32 from a model's get_text_features or get_image_features."""
-    features = encode(**inputs)
-    return getattr(features, "pooler_output", features).float()  # transformers 5 wraps what 4 returned bare
+    return encode(**inputs).pooler_output.float()
 
 
 def label_with_clip(data: Data, todo: list[int], args: Args, prompt: str) -> Rows:
@@ -626,8 +624,8 @@ class Endpoint:
         self.headers = {"Content-Type": "application/json", "User-Agent": "pseudolabel"}
         self.headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self.opener = urllib.request.OpenerDirector()  # follows no redirect, which would carry the key elsewhere
-        for handler in ("ProxyHandler", "HTTPHandler", "HTTPSHandler", "HTTPDefaultErrorHandler", "HTTPErrorProcessor"):
-            self.opener.add_handler(getattr(urllib.request, handler)())
+        for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+            self.opener.add_handler(handler())
         self.options: dict[str, Any] = {"temperature": 0, "max_tokens": args.max_tokens}  # P4
         self.options |= {"logprobs": True, "top_logprobs": 20} if args.logprobs else {}
         if args.json_schema:
@@ -679,11 +677,7 @@ class Endpoint:
         """(status, headers, content) of one request, all of it within the time-out."""
         request = urllib.request.Request(self.url, body, self.headers)
         content, end = b"", time.monotonic() + self.args.timeout
-        try:
-            reply = self.opener.open(request, timeout=self.args.timeout)
-        except urllib.error.HTTPError as error:
-            reply = error
-        with reply:
+        with self.opener.open(request, timeout=self.args.timeout) as reply:
             while part := reply.read1(2**16):
                 content += part
                 if time.monotonic() > end or len(content) > 2**24:
@@ -700,10 +694,10 @@ class Endpoint:
 
     def without(self, problem: str, options: dict[str, Any]) -> bool:
         """Leave out from now on the option that a refusal names first; max_tokens gets its new name. False: none."""
-        named = {match.start(): name for name in options if (match := re.search(rf"\b{name}\b", problem))}
-        if not named:
+        named = re.search(rf"\b({'|'.join(options)})\b", problem) if options else None
+        if named is None:
             return False
-        name = named[min(named)]
+        name = named[1]
         with self.lock:
             value = self.options.pop(name, None)  # None: another request was quicker
             if name == "logprobs":
@@ -943,8 +937,8 @@ def summary(path: Path, rows: list[dict[str, Any]], data: Data, args: Args) -> d
     said = "{path}: {labeled} of {num_examples} labeled, {abstentions} abstentions, {with_probs} with probs"
     print(said.format(**result))
     print("labels of a class:", class_counts(labels, classes))
-    for what, factor in (("so far", 1), (f"estimate for all {len(y)}", len(y) / max(1, result["labeled"]))):
-        if any(used):
+    if any(used):
+        for what, factor in (("so far", 1), (f"estimate for all {len(y)}", len(y) / max(1, result["labeled"]))):
             tokens_in, tokens_out, cost = used[0] * factor, used[1] * factor, result["cost"] * factor
             print(f"{what}: {tokens_in:.0f} tokens in, {tokens_out:.0f} out, cost {cost:.4f}")
     if result["known"]:

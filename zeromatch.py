@@ -130,7 +130,7 @@ class Args:
     marginal_decay: float | None = None
     """Decay of the running class marginals p_lb and p_ulb."""
     agreement: bool = False
-    """Beyond the paper: a pseudo-label that is also the teacher's counts at any confidence (`agreed`)."""
+    """Beyond the paper: a pseudo-label that is also the teacher's counts at any confidence (`with_agreement`)."""
 
 
 # ---------------------------------------------------------------------------- the method
@@ -195,7 +195,7 @@ def loss_distillation(logits: Tensor, y_zs: Tensor) -> Tensor:
     return F.cross_entropy(logits, y_zs, reduction="none", ignore_index=-1).mean()
 
 
-def agreed(mask: Tensor, pseudo_label: Tensor, y_zs: Tensor) -> Tensor:
+def with_agreement(mask: Tensor, pseudo_label: Tensor, y_zs: Tensor) -> Tensor:
     """1 where pseudo_label_i = y_zs_i, whatever its confidence, else mask_i: two witnesses need no threshold.
 
     [B_u] 0 or 1, [B_u] int64, [B_u] int64 (-1: no answer, agrees with none) -> [B_u]. Not in the paper."""
@@ -293,7 +293,7 @@ def train_stage2(
         c_tau = average(relative_threshold(probs_lb, args.tau))
         pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
         if args.agreement:
-            mask = agreed(mask, pseudo_label, y_zs[idx_ulb])
+            mask = with_agreement(mask, pseudo_label, y_zs[idx_ulb])
 
         loss_s = F.cross_entropy(logits_lb, y_lb)
         loss_u = loss_consistency(logits_ulb_s, pseudo_label, mask)

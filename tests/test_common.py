@@ -63,15 +63,16 @@ def test_fashion_mnist_is_read_from_the_publishers_files(tmp_path, monkeypatch):
 
     folder, rng, made = tmp_path / "fashion_mnist", np.random.RandomState(0), {}
     folder.mkdir()
-    md5s = {}
-    for name in common.FASHION_FILES:
+    sources = []
+    for url, _, *rest in common.SOURCES["fashion_mnist"]:
+        name = url.rsplit("/", 1)[1]
         count = 30 if name.startswith("train") else 10
         shape = (count, 28, 28) if "images" in name else (count,)
         made[name] = rng.randint(0, 10, shape).astype(np.uint8)
         header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
         (folder / name).write_bytes(gzip.compress(header + made[name].tobytes()))
-        md5s[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-    monkeypatch.setattr(common, "FASHION_FILES", md5s)
+        sources.append((url, hashlib.md5((folder / name).read_bytes()).hexdigest(), *rest))
+    monkeypatch.setitem(common.SOURCES, "fashion_mnist", sources)
     monkeypatch.setattr(common, "DEBIAN_FASHION", str(tmp_path / "none"))
     data = common.load_data("fashion_mnist", str(tmp_path))
     assert np.array_equal(data.train.x[:, 0], made["train-images-idx3-ubyte.gz"])
