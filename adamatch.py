@@ -19,7 +19,7 @@ The averaged weights are evaluated; the reported accuracy is that of the last ev
     variant              zeromatch (default)              original (GAM)
     labeled views        weak                             weak and strong, loss_s is their mean
     logit interpolation  none                             labeled batch alone and jointly, below
-    p_ulb                running average, marginal_decay  mean of the last 128 batches' means
+    p_ulb                running marginal_decay  mean of the last 128 batches' means
     mu_t                 1                                half a cosine from 0 to 1 over the first half
     --tau                0.95                             0.9
 The default is stage 2 of zeromatch.py without the teacher, hyper-parameter by hyper-parameter, so that
@@ -35,7 +35,8 @@ batch statistics make the two differ, so networks without them (ViT, BERT) skip 
 
 Departures from the original code
   A1  Strong views are those of common.py (RandAugment, Cutout) in both variants; GAM's are CTAugment.
-  A2  Optimizer and schedule of the preset with a 7/16 cosine; GAM: SGD, no Nesterov, lr 0.03, cosine to a quarter.
+  A2  Optimizer, schedule and batch of the preset, with a 7/16 cosine; GAM: SGD without Nesterov, lr 0.03, cosine
+      to a quarter, L2 0.001 on kernels, 64 labeled and 192 unlabeled images, 131,072 steps.
   A3  Reported is the last evaluation and the median of the last 20.
   Departures in the data path are numbered in common.py.
 """
@@ -51,10 +52,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    MEASURED, PROCESSES, Averaged, Run, TextViews, UserError, Views, accuracy, average, batch_at, build_optimizer,
-    build_student, check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights,
-    make_views, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device,
-    student_config, uniform,
+    MEASURED, PROCESSES, Averaged, Run, TextViews, UserError, Views, accuracy, batch_at, build_optimizer, build_student,
+    check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views,
+    mean_over_processes, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step,
+    setup_device, student_config, uniform,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -126,7 +127,7 @@ class Args:
     feature_input: bool = False
     """Baseline: the head also sees the teacher's one-hot label, in training and at test time."""
     tau: float | None = None
-    """Relative threshold in (0, 1]: multiplies the mean confidence on the labeled batch. Unset: the variant's."""
+    """Relative threshold in [0, 1]: multiplies the mean confidence on the labeled batch. Unset: the variant's."""
     lambda_u: float = 1.0
     """Weight of loss_u."""
     marginal_decay: float | None = None
@@ -209,17 +210,17 @@ def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -
 # ---------------------------------------------------------------------------- training
 
 
-def forward(student: nn.Module, x: Tensor, y_zs: Tensor | None, idx: Tensor, run: Run) -> Tensor:
-    """Logits [n, K] in float32 (thresholds and losses need it); y_zs [N, K]: extra inputs of the head."""
+def forward(student: nn.Module, x: Tensor, onehot_zs: Tensor | None, idx: Tensor, run: Run) -> Tensor:
+    """Logits [n, K] in float32 (thresholds and losses need it); onehot_zs [N, K]: extra inputs of the head."""
     with run.autocast():
-        logits, _, _ = student(x, None if y_zs is None else y_zs[idx])
+        logits, _, _ = student(x, None if onehot_zs is None else onehot_zs[idx])
     return logits.float()
 
 
-def forward_and_forget(student: nn.Module, x: Tensor, y_zs: Tensor | None, idx: Tensor, run: Run) -> Tensor:
+def forward_and_forget(student: nn.Module, x: Tensor, onehot_zs: Tensor | None, idx: Tensor, run: Run) -> Tensor:
     """`forward` that leaves the running batch statistics as they were."""
     kept = [buffer.clone() for buffer in student.buffers()]
-    logits = forward(student, x, y_zs, idx, run)
+    logits = forward(student, x, onehot_zs, idx, run)
     for buffer, value in zip(student.buffers(), kept, strict=True):
         buffer.data.copy_(value)  # .data: the backward pass uses the batch's own statistics
     return logits
@@ -227,18 +228,19 @@ def forward_and_forget(student: nn.Module, x: Tensor, y_zs: Tensor | None, idx: 
 
 def train_adamatch(
     student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views | TextViews, test: Views | TextViews,
-    args: Args, run: Run, y_zs: Tensor | None = None, y_zs_test: Tensor | None = None,
+    args: Args, run: Run, onehot_zs: Tensor | None = None, onehot_zs_test: Tensor | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train as `args` say and return the network to evaluate.
 
     labeled_idx [num_labels] are positions in `train`, y_lb_all their labels. The unlabeled pool is all
     of `train`, labeled examples included. train.y beyond the labeled ones is read in the line that
-    logs the pseudo-labels' accuracy, and nowhere else. y_zs [N, K], y_zs_test: only --feature-input."""
+    logs the pseudo-labels' accuracy, and nowhere else. onehot_zs [N, K], onehot_zs_test: only --feature-input."""
     optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
     ema, scaler = Averaged(student, args.ema_decay), run.scaler()
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, state = run.restore(1, parts)
-    net, num_classes, original = data_parallel(student), student.num_classes, args.variant == "original"
+    net, num_classes = data_parallel(student), student.num_classes
+    original = args.variant == "original" and not args.supervised_only
     p_lb = state.get("p_lb", torch.full((num_classes,), 1 / num_classes, device=run.device))  # starts uniform
     p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
     window = state.get("window", torch.full((128, num_classes), 1 / num_classes, device=run.device))
@@ -262,31 +264,32 @@ def train_adamatch(
 
         student.train()
         if args.supervised_only:
-            loss = loss_s = F.cross_entropy(forward(net, x_lb, y_zs, idx_lb, run), y_lb)
+            loss = loss_s = F.cross_entropy(forward(net, x_lb, onehot_zs, idx_lb, run), y_lb)
             values = {"loss": loss, "loss_s": loss_s}
         else:
             x_ulb_w, x_ulb_s = train.weak(idx_ulb), train.strong(idx_ulb)
             if coupled:  # one pass: batch statistics are those of the joint batch
                 x, idx = join([x_lb, x_ulb_w, x_ulb_s]), torch.cat([idx_lb, idx_ulb, idx_ulb])
-                logits_lb, logits_ulb_w, logits_ulb_s = forward(net, x, y_zs, idx, run).split([len(x_lb), B_u, B_u])
+                logits = forward(net, x, onehot_zs, idx, run)
+                logits_lb, logits_ulb_w, logits_ulb_s = logits.split([len(x_lb), B_u, B_u])
             else:  # no row depends on another and nothing learns from the weak view: no gradient there
                 with torch.no_grad():
-                    logits_ulb_w = forward(net, x_ulb_w, y_zs, idx_ulb, run)
+                    logits_ulb_w = forward(net, x_ulb_w, onehot_zs, idx_ulb, run)
                 x, idx = join([x_lb, x_ulb_s]), torch.cat([idx_lb, idx_ulb])
-                logits_lb, logits_ulb_s = forward(net, x, y_zs, idx, run).split([len(x_lb), B_u])
+                logits_lb, logits_ulb_s = forward(net, x, onehot_zs, idx, run).split([len(x_lb), B_u])
             if original and coupled:
-                logits_alone = forward_and_forget(net, x_lb, y_zs, idx_lb, run)
+                logits_alone = forward_and_forget(net, x_lb, onehot_zs, idx_lb, run)
                 lam = torch.cat([uniform(B, num_classes), uniform(B, num_classes)]).to(run.device)
                 logits_lb = interpolate_logits(logits_lb, logits_alone, lam)
 
             probs_lb, probs_ulb_w = logits_lb[:B].detach().softmax(dim=1), logits_ulb_w.detach().softmax(dim=1)
-            p_lb = average(update_marginal(p_lb, probs_lb, args.marginal_decay))  # over processes; both before use
+            p_lb = mean_over_processes(update_marginal(p_lb, probs_lb, args.marginal_decay))  # both before use
             if original:
-                window = average(update_window(window, probs_ulb_w, step))
+                window = mean_over_processes(update_window(window, probs_ulb_w, step))
                 p_ulb = window.mean(dim=0)
             else:
-                p_ulb = average(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
-            c_tau = average(relative_threshold(probs_lb, args.tau))
+                p_ulb = mean_over_processes(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
+            c_tau = mean_over_processes(relative_threshold(probs_lb, args.tau))
             pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
 
             loss_s = F.cross_entropy(logits_lb, y_lb)
@@ -308,7 +311,7 @@ def train_adamatch(
         run.log(1, step, args.num_steps, args.log_every, line, **values, lr=lr)
         evaluate = (step + 1) % args.eval_every == 0 or step + 1 == args.num_steps
         if evaluate:
-            run.evaluated(1, step, accuracy(predict(ema.module, test, run.autocast, y_zs_test), test.y))
+            run.evaluated(1, step, accuracy(predict(ema.module, test, run.autocast, onehot_zs_test), test.y))
         if evaluate or run.save_due():
             run.save(1, step, parts, p_lb=p_lb, p_ulb=p_ulb, window=window)
     return ema.module
@@ -336,7 +339,7 @@ def main(args: Args) -> dict[str, Any]:
     zero_shot = [None, None]
     if args.feature_input:
         paths = (args.pseudolabels, args.pseudolabels_test)
-        paths = default_labels(data, args.data_dir) if paths == (None, None) else paths
+        paths = default_labels(data, args.data_dir, args.dataset, args.test_file) if paths == (None, None) else paths
         if None in paths:
             raise UserError("--feature-input needs label files of both parts: --pseudolabels and --pseudolabels-test")
         zero_shot = [read_labels(path, data, split)[0] for path, split in zip(paths, ("train", "test"), strict=True)]
@@ -350,14 +353,14 @@ def main(args: Args) -> dict[str, Any]:
     k, extra = len(data.classes), len(data.classes) if args.feature_input else 0
     # one-hot rows, all zero where the teacher abstained
     one_hot = torch.eye(k + 1, k, device=device)
-    y_zs, y_zs_test = (None if z is None else one_hot[torch.from_numpy(z)] for z in zero_shot)
+    onehot_zs, onehot_zs_test = (None if z is None else one_hot[torch.from_numpy(z)] for z in zero_shot)
 
     seed_step(args.seed, "weights", 0)
     student = build_student(args.backbone, len(preset.mean), preset.size, k, extra).to(device)
     load_weights(student.encoder, args.backbone, args.weights)
     if args.compile:
         student.compile()
-    evaluated = train_adamatch(student, labeled_idx, y_lb_all, train, test, args, run, y_zs, y_zs_test)
+    evaluated = train_adamatch(student, labeled_idx, y_lb_all, train, test, args, run, onehot_zs, onehot_zs_test)
 
     config = student_config(args.dataset, args.backbone, preset, data.classes, extra)
     save_student(run.folder / "student", evaluated, config)

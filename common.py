@@ -5,7 +5,8 @@ in that paper's script. Functions take values, never the scripts' `Args`, so a s
 
 Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
   C1  Index stream: endless seeded permutations, every example once a pass. ZM cuts every "epoch" of
-      1,024 steps from a new permutation whose seed is the epoch number alone, equal for all runs.
+      1,024 steps from a new permutation whose seed is the epoch number alone, equal for all runs. Stages
+      see the same order; so do labeled and unlabeled batches where every example of the pool is labeled.
   C2  Cutout: center uniform over the image, box clipped on both sides. ZM draws the center from
       U(1, width) and lets boxes at the left and top edge keep their full size, one pixel wider.
   C3  Kept as published: enhancement factors reach only 0.05-0.95 (images get duller, never more
@@ -216,7 +217,7 @@ def uniform(n: int, *shape: int) -> Tensor:
     return torch.rand(PROCESSES * n, *shape)[RANK * n :][:n]
 
 
-class Average(torch.autograd.Function):
+class MeanOverProcesses(torch.autograd.Function):
     """The mean over processes; its gradient is the mean of theirs."""
 
     @staticmethod
@@ -227,17 +228,17 @@ class Average(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return Average.apply(grad)
+        return MeanOverProcesses.apply(grad)
 
 
-def average(x: Tensor) -> Tensor:
+def mean_over_processes(x: Tensor) -> Tensor:
     """The mean of x over all processes, with its gradient; x itself where there is one."""
-    return x if PROCESSES == 1 else Average.apply(x)
+    return x if PROCESSES == 1 else MeanOverProcesses.apply(x)
 
 
 def agreed(flag: bool) -> bool:
     """Whether `flag` holds in any process, which all of them learn at once."""
-    return bool(average(torch.tensor(float(flag))))
+    return bool(mean_over_processes(torch.tensor(float(flag))))
 
 
 def first_process_first(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -262,9 +263,9 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        mean = average(x.float().mean(dim=(0, 2, 3)))
+        mean = mean_over_processes(x.float().mean(dim=(0, 2, 3)))
         centered = x.float() - mean[:, None, None]
-        var = average(centered.square().mean(dim=(0, 2, 3)))
+        var = mean_over_processes(centered.square().mean(dim=(0, 2, 3)))
         n = PROCESSES * x.numel() // x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
@@ -1548,7 +1549,7 @@ class Student(nn.Module):
                 module.reset_parameters()
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-        if self.encoder.batch_statistics:  # a network of convolutions, which are faster so
+        if self.encoder.batch_statistics and x.ndim == 4:  # convolutions, which are faster so
             x = x.contiguous(memory_format=torch.channels_last)
         features = self.encoder(x)
         if extra is not None:
@@ -1763,7 +1764,8 @@ def build_optimizer(
     groups = param_groups(student, lr, weight_decay, layer_decay)
     if name == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")  # one pass over the weights, BERT-base: 570 -> 70 ms
+    # one pass over the weights (BERT-base on a CPU: 570 -> 70 ms); not tried on other devices
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, fused=fused)
 
 
@@ -1787,13 +1789,11 @@ class Averaged:
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        weights = {f"module.{name}": weight for name, weight in self.module.state_dict().items()}
-        return weights | {"updates": torch.tensor(self.updates)} if self.decay else {}
+        return self.module.state_dict() | {"updates": torch.tensor(self.updates)} if self.decay else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if self.decay:
-            weights = {name.removeprefix("module."): weight for name, weight in state.items() if name != "updates"}
-            self.module.load_state_dict(weights)
+            self.module.load_state_dict({name: weight for name, weight in state.items() if name != "updates"})
             self.updates = int(state["updates"])
 
 
@@ -1876,7 +1876,7 @@ class Run:
         self.board = tensorboard_writer(self.folder) if args.get("tensorboard") and not RANK else None
         self.metrics = open(os.devnull if RANK else self.folder / "metrics.jsonl", "a")
         self.start = self.saved = self.mark = time.perf_counter()
-        self.timed = 0  # steps since self.mark
+        self.timed, self.seen = 0, 0  # steps since self.mark, and since the stage was begun
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._note_signal)
@@ -1925,7 +1925,8 @@ class Run:
             plan.append(f"{warm_up} steps of stage 1: {warm_up * rows / n:.1f} passes over the pool")
         if stages != "1":
             passes = f"{steps * batch / labels:.0f} passes over the labels, {steps * rows / n:.1f} over the pool"
-            plan.append(f"{steps} steps x ({batch} labeled + {rows} unlabeled): {passes}")
+            networks = "2 networks, each " if args.get("outer_only") is False else ""
+            plan.append(f"{networks}{steps} steps x ({batch} labeled + {rows} unlabeled): {passes}")
         print("plan:", "; then ".join(plan))
         print(f"measured at evaluations: {MEASURED[measured][1]}")
         print("  ".join(f"{name} {value}" for name, value in args.items() if value is not None), flush=True)
@@ -1941,7 +1942,7 @@ class Run:
 
     def restore(self, stage: int, parts: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """(first step, state): the checkpoint's if it was written in this stage, else (0, {})."""
-        self.mark, self.timed = time.perf_counter(), 0
+        self.mark, self.timed, self.seen = time.perf_counter(), 0, 0
         if self.state["stage"] != stage:
             return 0, {}
         try:
@@ -1966,9 +1967,11 @@ class Run:
         if pseudo_label is not None:
             self.counts.index_add_(0, pseudo_label, mask)
         self.timed += 1
-        if self.timed == 3 and f"time {stage}" not in self.warned:
-            self.warned.add(f"time {stage}")
-            seconds = (num_steps - step) * (time.perf_counter() - self.mark) / 3
+        self.seen += 1
+        if self.seen == 1:
+            self.second_step = time.perf_counter()  # the first one may have compiled something
+        if self.seen == 3:
+            seconds = (num_steps - step - 1) * (time.perf_counter() - self.second_step) / 2
             shorter = "; --num-steps, --batch-size, a smaller --backbone, --amp bf16 or a GPU make it shorter"
             if seconds > 20:
                 said = f"about {timedelta(seconds=round(seconds))} on {self.device}"
@@ -1983,7 +1986,7 @@ class Run:
         self.idle = self.idle + len(self.pending) if means.get("mask_rate") == 0 else 0
         if self.idle >= min(500, num_steps / 4):
             self.warn(
-                "idle", f"no unlabeled example above the threshold for {self.idle} steps: only labels teach; try a "
+                "idle", f"no unlabeled example has counted for {self.idle} steps: only labels teach; try a "
                 "lower threshold (--tau), a higher --lr, more labels or pre-trained weights",
             )  # fmt: skip
         self.pending, self.mark, self.timed = [], time.perf_counter(), 0
@@ -2022,7 +2025,7 @@ class Run:
         row = {name: acc, "time/hours": self.seconds() / 3600}
         known = {key: mean for key, mean in self.means.items() if not math.isnan(mean)}
         health = [said.format(known[key]) for key, said in HEALTH.items() if key in known]
-        counts = average(self.counts).cpu().double()
+        counts = mean_over_processes(self.counts).cpu().double()
         if counts.sum() > 0:
             drift = 0.5 * (counts / counts.sum() - self.p_labeled).abs().sum().item()
             row["train/class_drift"] = drift
@@ -2037,7 +2040,8 @@ class Run:
     def _warn_of_classes(self, counts: Tensor) -> None:
         """Warn of a class that swallows the others, and of classes that get nothing."""
         shares, top = counts / counts.sum(), int(counts.argmax())
-        if shares[top] > max(0.5, 3 * self.p_labeled[top]):
+        p = self.p_labeled[top]
+        if shares[top] > max(0.5, min(3 * p, (1 + p) / 2)):  # of two or three classes none can have 3 times its share
             self.warn(
                 f"class {top}", f"{100 * shares[top]:.0f} % of the pseudo-labels are {self.classes[top]!r}, of the "
                 f"labels {100 * self.p_labeled[top]:.0f} %: training may be collapsing; try a higher --tau, lower --lr",
@@ -2262,7 +2266,8 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
                     flag = "--" + field.name.replace("_", "-")
                     raise UserError(f"{flag} {now}: the run to resume has {was}; leave the flag out or start a new run")
         if PROCESSES > 1:
-            torch.distributed.init_process_group()  # gloo for CPU tensors, nccl for CUDA
+            # gloo for CPU tensors, nccl for CUDA; the others wait while the first labels or decodes
+            torch.distributed.init_process_group(timeout=timedelta(days=1))
         if RANK:
             sys.stdout = open(os.devnull, "w")
         if threading.current_thread() is threading.main_thread():

@@ -22,7 +22,7 @@ The inner network's averaged weights predict; reported is the last evaluation, n
     python kd_fixmatch.py --unsup-loss ce                  KD-FixMatch-CE; default: KD-FixMatch-SCE-1.0-0.1
     python kd_fixmatch.py --clustering none                only the first filter of T_u
 
-Known from the abstract: the stages, the new start, two filters; from others' summaries: both taus, DEC on
+Known from the abstract: the stages, the new start, two filters; from others' summaries: tau and tau_select, DEC on
 the features before the softmax, Heuristic 1, SCE's weights. Assumed, like the recipe, one for both networks:
   A1  T_u enters through the target of loss_u, every example with the same weight, and stays in the pool.
   A2  tau_inner is 0.95, on the trained (not averaged) inner network's weak view of the same pass.
@@ -232,7 +232,7 @@ def forward(net: nn.Module, x: Tensor, run: Run) -> Tensor:
     return logits.float()
 
 
-def train(
+def train_fixmatch(
     stage: int, student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views | TextViews,
     test: Views | TextViews, args: Args, run: Run, y_outer: Tensor | None = None,
 ) -> nn.Module:  # fmt: skip
@@ -396,13 +396,13 @@ def main(args: Args) -> dict[str, Any]:
         if args.compile:
             network.compile()
     if run.state["stage"] < 2:
-        outer = train(1, outer, labeled_idx, y_lb_all, train_views, test, args, run)
+        outer = train_fixmatch(1, outer, labeled_idx, y_lb_all, train_views, test, args, run)
     elif run.state["stage"] == 2:
         run.restore(2, {"outer": outer})
     evaluated, trusted = outer, None
     if not args.outer_only:
         y_outer = run.state["y_outer"] if run.state["stage"] == 3 else select_trusted(outer, train_views, args, run)
-        evaluated = train(3, inner, labeled_idx, y_lb_all, train_views, test, args, run, y_outer)
+        evaluated = train_fixmatch(3, inner, labeled_idx, y_lb_all, train_views, test, args, run, y_outer)
         trusted = json.loads((run.folder / "trusted.json").read_text())
 
     save_student(run.folder / "student", evaluated, student_config(args.dataset, args.backbone, preset, data.classes))

@@ -27,6 +27,8 @@ Departures from the authors' pipelines (jichan3751/zeromatch @8ca4079)
   P3  Class names in prompts have spaces, not underscores.
   P4  Chat: temperature 0, one user message, images as PNG resized to --image-size.
   P5  Imported raw answers are read again by P1.
+  P6  Teachers see pictures as they are stored: training ones squashed to a square, test ones cropped. The
+      authors label the original files.
 """
 
 from __future__ import annotations
@@ -955,10 +957,13 @@ def complete(path: Path) -> bool:
 
 
 @first_process_first
-def default_labels(data: Data, data_dir: str) -> tuple[Path, Path | None]:
+def default_labels(
+    data: Data, data_dir: str, dataset: str | None = None, test_file: str | None = None
+) -> tuple[Path, Path | None]:
     """Label files of the train and (if there is one) test part in `data_dir`/labels; made now for digits and images.
 
-    Raises UserError when several files are there to choose from, or none and the data are texts."""
+    dataset, test_file: as the user gave them, for the command that is advised. Raises UserError when several
+    files are there to choose from, or none and the data are texts."""
     folder = Path(data_dir) / "labels"
     if data.name == "digits":
         for split in ("train", "test"):
@@ -969,7 +974,8 @@ def default_labels(data: Data, data_dir: str) -> tuple[Path, Path | None]:
     if len(found) > 1:
         raise UserError(f"several label files: {', '.join(map(str, found))}; choose one by --pseudolabels")
     if not found and hasattr(data.train, "texts"):
-        command = f"python pseudolabel.py --dataset {data.name} --teacher text"
+        more = f" --test-file {test_file}" if test_file else ""
+        command = f"python pseudolabel.py --dataset {dataset or data.name}{more} --teacher text"
         raise UserError(f"no labels of {data.name} in {folder}; make them, e.g. by {command}, or give --pseudolabels")
     if not found:
         found = [Path(label(data, Args(dataset=data.name, teacher="clip", data_dir=data_dir))["path"])]

@@ -23,12 +23,13 @@ reported accuracy is that of the last evaluation (and the median of the last 20)
     python zeromatch.py --stages 1                         pseudo-supervision: the teacher's labels as if true
     python zeromatch.py --stages 2                         ablation: no warm-up
     python zeromatch.py --lambda-p 0 | --anneal none       ablations: no auxiliary loss | constant weight
-    python zeromatch.py --agreement                        beyond the paper: what the teacher says too needs no threshold
+    python zeromatch.py --agreement                        beyond the paper: the teacher's agreement counts
 
 Departures from the authors' code
   D1  Stage 1 hands on its last (averaged) weights. ZM keeps the checkpoint that fits the teacher's
       labels on training images best, which rewards the most over-fitted one.
-  D2  Reported is the last evaluation and the median of the last 20; ZM reports the best test accuracy.
+  D2  Reported is the last evaluation and the median of the last 20; ZM reports the best test accuracy
+      (images) or the test accuracy of the weights that are best on labeled dev data (texts).
   D3  An example whose teacher gave no answer has no distillation loss; it counts in the denominator,
       as an unlabeled example below the threshold does. ZM gives it one fixed class.
   D4  With batch statistics (CNN, WRN) weights are averaged over steps and the averaged ones evaluated,
@@ -47,10 +48,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    MEASURED, PROCESSES, Averaged, Run, TextViews, UserError, Views, accuracy, average, batch_at, build_optimizer,
-    build_student, check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights,
-    make_views, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device,
-    student_config,
+    MEASURED, PROCESSES, Averaged, Run, TextViews, UserError, Views, accuracy, batch_at, build_optimizer, build_student,
+    check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views,
+    mean_over_processes, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step,
+    setup_device, student_config,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -69,7 +70,7 @@ class Args:
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     pseudolabels: str | None = None
-    """Teacher's labels of the training part (pseudolabel.py); unset: found in --data-dir or made."""
+    """Teacher's labels of the training part (pseudolabel.py); unset: found in --data-dir or (images) made."""
     pseudolabels_test: str | None = None
     """Teacher's labels of the test part, only to print the teacher's accuracy on it."""
     data_dir: str = "data"
@@ -124,7 +125,7 @@ class Args:
     lambda_u: float = 1.0
     """Weight of loss_u."""
     lambda_p: float = 1.0
-    """Weight of loss_kd; 0: stage 2 is AdaMatch."""
+    """Weight of loss_kd; 0: stage 2 is AdaMatch (without --agreement)."""
     anneal: Literal["linear", "none"] = "linear"
     """alpha_t: linear from 0 to 1 over stage 2, or none: 1 throughout."""
     marginal_decay: float | None = None
@@ -198,7 +199,8 @@ def loss_distillation(logits: Tensor, y_zs: Tensor) -> Tensor:
 def with_agreement(mask: Tensor, pseudo_label: Tensor, y_zs: Tensor) -> Tensor:
     """1 where pseudo_label_i = y_zs_i, whatever its confidence, else mask_i: two witnesses need no threshold.
 
-    [B_u] 0 or 1, [B_u] int64, [B_u] int64 (-1: no answer, agrees with none) -> [B_u]. Not in the paper."""
+    [B_u] 0 or 1, [B_u] int64, [B_u] int64 (-1: no answer, agrees with none) -> [B_u]. Not in the paper.
+    After stage 1 the witnesses are not independent: a mistake that the head has learned from the teacher counts."""
     return torch.where(pseudo_label == y_zs, 1.0, mask)
 
 
@@ -288,9 +290,9 @@ def train_stage2(
         logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
 
         probs_lb, probs_ulb_w = logits_lb.detach().softmax(dim=1), logits_ulb_w.detach().softmax(dim=1)
-        p_lb = average(update_marginal(p_lb, probs_lb, args.marginal_decay))  # over processes; both before use
-        p_ulb = average(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
-        c_tau = average(relative_threshold(probs_lb, args.tau))
+        p_lb = mean_over_processes(update_marginal(p_lb, probs_lb, args.marginal_decay))  # both before use
+        p_ulb = mean_over_processes(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
+        c_tau = mean_over_processes(relative_threshold(probs_lb, args.tau))
         pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
         if args.agreement:
             mask = with_agreement(mask, pseudo_label, y_zs[idx_ulb])
@@ -343,7 +345,8 @@ def main(args: Args) -> dict[str, Any]:
     if labels_train is None:
         if labels_test is not None:
             raise UserError("--pseudolabels-test needs --pseudolabels")
-        labels_train, labels_test = map(str, default_labels(data, args.data_dir))
+        found = default_labels(data, args.data_dir, args.dataset, args.test_file)
+        labels_train, labels_test = (path and str(path) for path in found)  # None: no labels of the test part
         args = replace(args, pseudolabels=labels_train, pseudolabels_test=labels_test)  # kept in args.json
     zero_shot, _ = read_labels(labels_train, data, "train")
     teacher_acc = None
@@ -370,7 +373,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.stages != "1":
         seed_step(args.seed, "auxiliary head", 0)
         student.add_kd_head()  # ... while auxiliary head, optimizer, schedule and marginals are new
-        evaluated = train_stage2(student.to(device), labeled_idx, y_lb_all, y_zs, train, test, args, run)
+        evaluated = train_stage2(student, labeled_idx, y_lb_all, y_zs, train, test, args, run)
 
     config = student_config(args.dataset, args.backbone, preset, data.classes)
     save_student(run.folder / "student", evaluated, config)

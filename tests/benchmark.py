@@ -255,6 +255,8 @@ def compare(
         plot: Picture of the learning curves (.svg or .png) to draw; needs matplotlib.
         jobs: Runs side by side.
     """
+    if plot:
+        pyplot_for(plot)  # missing, it is missed before the runs
     teacher = f"-{Path(pseudolabels).stem}" if pseudolabels else ""
     path = Path(output or f"{runs_dir}/compare-{Path(dataset).stem}-{num_labels}{teacher}.json")
     zero_shot = zero_shot_accuracy(dataset, data_dir, pseudolabels_test, test_file)  # also makes the digits' labels

@@ -100,6 +100,8 @@ def test_every_variant_and_baseline_runs_differs_from_adamatch_and_resumes_exact
     result = adamatch.main(replace(args, runs_dir=str(tmp_path / "a")))
     assert 0 <= result["test_acc"] <= 100
     state, folder = weights_of(tmp_path / "a")
+    tau = json.loads((folder / "args.json").read_text())["tau"]
+    assert tau == changes.get("tau", 0.9 if changes.get("variant") == "original" else 0.95)
     if changes:
         adamatch.main(replace(adamatch.Args(data_dir=str(tmp_path), **SHORT), runs_dir=str(tmp_path / "plain")))
         plain, _ = weights_of(tmp_path / "plain")
@@ -125,6 +127,63 @@ def test_every_variant_and_baseline_runs_differs_from_adamatch_and_resumes_exact
     assert torch.equal(state["window"], resumed["window"])
 
 
+@pytest.mark.parametrize("variant", ["zeromatch", "original"])
+def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, variant):
+    """One step, its losses recomputed in NumPy from the same weights and views."""
+    own = {"num_steps": 1, "log_every": 1, "batch_size": 8, "uratio": 4, "tau": 0.92, "variant": variant}
+    adamatch.main(adamatch.Args(runs_dir=str(tmp_path), data_dir=str(tmp_path), **own))
+    logged = json.loads(next(tmp_path.glob("*/metrics.jsonl")).read_text().splitlines()[0])
+
+    data = common.load_data("digits", "data")
+    views = common.Views(data.train, common.preset_of("digits"), torch.device("cpu"))
+    lb = torch.from_numpy(common.draw_labeled(data.train.y, 10, 10, 0)[common.batch_at(10, 8, 0, 0)])
+    ulb = common.batch_at(len(views), 32, 0, 0)
+    common.seed_step(0, "weights", 0)
+    student = common.build_student("cnn", 1, 8, 10).train()
+    common.seed_step(0, "adamatch", 0)
+    original = variant == "original"
+    x_lb = torch.cat([views.weak(lb), views.strong(lb)]) if original else views.weak(lb)
+    rows, y = len(x_lb), np.tile(data.train.y[lb], 2 if original else 1)
+    logits = student(torch.cat([x_lb, views.weak(ulb), views.strong(ulb)]))[0].detach().double()
+    logits_lb = logits[:rows]
+    if original:  # random logit interpolation
+        lam = torch.cat([torch.rand(8, 10), torch.rand(8, 10)]).double()
+        logits_lb = logits_lb + lam * (student(x_lb)[0].detach().double() - logits_lb)
+    soft = lambda z: np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)  # noqa: E731
+    probs_lb, weak, strong = (soft(z.numpy()) for z in (logits_lb, logits[rows:-32], logits[-32:]))
+    loss_s = -np.log(probs_lb[np.arange(rows), y]).mean()
+    decay = 0.99
+    p_lb = decay * 0.1 + (1 - decay) * probs_lb[:8].mean(axis=0)
+    p_ulb = (127 * 0.1 + weak.mean(axis=0)) / 128 if original else weak.mean(axis=0)
+    aligned = weak * (p_lb + 1e-6) / (p_ulb + 1e-6)
+    aligned /= aligned.sum(axis=1, keepdims=True)
+    kept = aligned.max(axis=1) >= 0.92 * probs_lb[:8].max(axis=1).mean()
+    loss_u = -(np.log(strong[np.arange(32), aligned.argmax(axis=1)]) * kept).mean()
+    assert [logged["train/loss_s"], logged["train/loss_u"]] == pytest.approx([loss_s, loss_u], rel=1e-4)
+    assert logged["train/loss"] == pytest.approx(loss_s + (0 if original else loss_u), rel=1e-4)  # mu_0 = 0
+    assert 0 < kept.mean() < 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"variant": "original"}])
+def test_shuffling_the_hidden_labels_changes_no_weight(tmp_path, monkeypatch, changes):
+    real = common.load_data
+    drawn = common.draw_labeled(real("digits", "").train.y, 10, 10, seed=0)
+
+    def shuffled(*args):
+        data = real(*args)
+        hidden = np.setdiff1d(np.arange(len(data.train)), drawn)
+        data.train.y[hidden] = np.random.RandomState(1).permutation(data.train.y[hidden])
+        return data
+
+    args = adamatch.Args(data_dir=str(tmp_path), **(SHORT | changes))
+    adamatch.main(replace(args, runs_dir=str(tmp_path / "a")))
+    monkeypatch.setattr(adamatch, "load_data", shuffled)
+    monkeypatch.setattr(adamatch, "draw_labeled", lambda *given: drawn)
+    adamatch.main(replace(args, runs_dir=str(tmp_path / "b")))
+    (one, _), (other, _) = (weights_of(tmp_path / name) for name in "ab")
+    assert all(torch.equal(one["model"][k], v) for k, v in other["model"].items())
+
+
 def test_supervised_only_never_reads_an_unlabeled_image(tmp_path, monkeypatch):
     seen = []
     real = common.Views.pixels
@@ -142,8 +201,7 @@ def test_default_hyper_parameters_are_zeromatchs():
     ours, theirs = adamatch.Args(), zeromatch.Args()
     for name in vars(ours).keys() & vars(theirs).keys() - {"tau"}:
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert theirs.tau == 0.95  # and adamatch.main resolves to it:
-    assert "else 0.95" in open(adamatch.__file__).read()
+    assert theirs.tau == 0.95  # and adamatch.main resolves to it: below
 
 
 def two_class_data(imbalance, n=400):

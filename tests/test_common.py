@@ -114,6 +114,19 @@ def test_averaged_weights_are_those_of_torch_bit_for_bit_and_go_on_from_a_checkp
         assert "num_batches" in name or torch.equal(ours.module.state_dict()[name], value), name
 
 
+def test_adamw_in_one_pass_gives_what_its_formula_says():
+    net = nn.Sequential(nn.Linear(3, 2))
+    optimizer = common.build_optimizer(net, "adamw", 0.1, 0.01, 1.0)
+    w, m, v = net[0].weight.detach().double().clone(), torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
+    for step in range(1, 5):
+        grad = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
+        net[0].weight.grad, net[0].bias.grad = grad.clone(), torch.zeros(2)
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        w = w * (1 - 0.1 * 0.01) - 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    assert torch.allclose(net[0].weight.double(), w, atol=1e-6)
+
+
 @pytest.mark.parametrize("backbone, size", [("cnn", 8), ("cnn", 28), ("wrn_28_2", 32)])
 def test_backbones_have_heads_gradients_and_the_published_size(backbone, size):
     torch.manual_seed(0)

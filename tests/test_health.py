@@ -70,7 +70,7 @@ def test_a_threshold_that_nothing_reaches_is_warned_of_once(run, capsys):
     assert "warning" not in capsys.readouterr().out
     idle(run, 200)
     out = capsys.readouterr().out
-    assert out.count("warning: no unlabeled example above the threshold for 250 steps") == 1 and "--tau" in out
+    assert out.count("warning: no unlabeled example has counted for 250 steps") == 1 and "--tau" in out
     assert out.count("warning") == 1
 
 
@@ -88,6 +88,17 @@ def test_a_collapse_into_one_class_and_a_missing_class_are_warned_of(run, capsys
     out = capsys.readouterr().out
     assert "88 % of the pseudo-labels are 'dog', of the labels 25 %" in out
     assert "no pseudo-label of class cow counted" in out
+
+
+@pytest.mark.parametrize("top, warned", [(90, True), (70, False)])
+def test_a_collapse_is_warned_of_with_two_classes_too(tmp_path, capsys, top, warned):
+    run = common.Run(str(tmp_path), "test", {"resume": None}, torch.device("cpu"), None)
+    part = common.Split(np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 0, 1, 1]))
+    args = {"num_steps": 1000, "batch_size": 2, "uratio": 3}
+    run.describe(common.Data("pets", ["cat", "dog"], part, None), np.arange(4), args, "agreement")
+    count(run, *[1] * 2 * top, *[0] * 2 * (100 - top))
+    run.evaluated(2, 9, 50.0)
+    assert ("training may be collapsing" in capsys.readouterr().out) == warned
 
 
 def test_balanced_or_few_pseudo_labels_are_not_warned_of(run, capsys):

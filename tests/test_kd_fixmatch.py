@@ -407,7 +407,7 @@ def test_the_saved_student_is_the_averaged_inner_network(straight):
     student, _ = common.load_student(folder / "student")
     views = common.Views(common.load_data("digits", "data").test, common.preset_of("digits"), torch.device("cpu"))
     assert common.accuracy(common.predict(student, views), views.y) == result["test_acc"]
-    assert torch.equal(student.head.weight, checkpoint(folder)["ema"]["module.head.weight"])
+    assert torch.equal(student.head.weight, checkpoint(folder)["ema"]["head.weight"])
 
 
 def test_outer_only_is_the_first_stage_of_the_whole_run(straight, tmp_path, capsys):

@@ -708,7 +708,6 @@ def test_without_a_label_file_images_are_labeled_by_clip_and_texts_ask_for_a_com
     train, test = pseudolabel.default_labels(image_data(), str(tmp_path))
     assert train.name == "pictures-train-clip.jsonl" and test is None
     assert read_labels(train, image_data(), "train")[1].shape == (6, 3)
-    with pytest.raises(
-        common.UserError, match="no labels of reviews .*pseudolabel.py --dataset reviews --teacher text"
-    ):
-        pseudolabel.default_labels(text_data(), str(tmp_path))
+    advice = "pseudolabel.py --dataset my/reviews.csv --test-file test.csv --teacher text"
+    with pytest.raises(common.UserError, match=f"no labels of reviews .*{advice}"):
+        pseudolabel.default_labels(text_data(), str(tmp_path), "my/reviews.csv", "test.csv")

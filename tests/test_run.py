@@ -158,6 +158,22 @@ def test_a_killed_process_resumes_to_the_same_weights(straight, tmp_path, labels
     assert_same_run(straight[0], folder)
 
 
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_compiled_student_trains_to_the_same_weights(tmp_path, labels, monkeypatch, ema_decay):
+    short = {"num_steps": 3, "num_steps_stage1": 2, "ema_decay": ema_decay}
+    zeromatch.main(run_args(tmp_path / "plain", labels, **short))
+    compiled, real = [], torch.nn.Module.compile
+
+    def eagerly(module):  # the code that torch.compile runs, without a C++ compiler
+        compiled.append(module)
+        real(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eagerly)
+    zeromatch.main(run_args(tmp_path / "compiled", labels, compile=True, **short))
+    one, other = (final_weights(only_run(tmp_path / name))[0] for name in ("plain", "compiled"))
+    assert len(compiled) == 1 and one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
 def test_agreement_lets_more_examples_count(straight, tmp_path, labels):
     zeromatch.main(run_args(tmp_path, labels, agreement=True))
     more, plain = (

@@ -1,5 +1,6 @@
 """The equations of zeromatch.py: by hand, by a slow loop, and by their limits."""
 
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
+import pseudolabel
 import zeromatch as zm
 
 
@@ -76,7 +79,9 @@ def test_distillation_loss_of_an_abstaining_teacher_is_zero_and_counts():
     assert zm.loss_distillation(logits.detach(), torch.tensor([-1, -1])).item() == 0  # not NaN
 
 
-def reference_step(logits_lb, logits_w, logits_s, kd_lb, kd_w, y, zs_lb, zs_ulb, p_lb, p_ulb, decay, tau, ramp):
+def reference_step(
+    logits_lb, logits_w, logits_s, kd_lb, kd_w, y, zs_lb, zs_ulb, p_lb, p_ulb, decay, tau, ramp, agreement=False
+):
     """One stage-2 step row by row in float64, written from the description of the published code."""
     soft = lambda row: np.exp(row - row.max()) / np.exp(row - row.max()).sum()  # noqa: E731
     ce = lambda row, k: -np.log(soft(row)[k])  # noqa: E731
@@ -85,10 +90,10 @@ def reference_step(logits_lb, logits_w, logits_s, kd_lb, kd_w, y, zs_lb, zs_ulb,
     p_ulb = np.mean(probs_w, axis=0) if p_ulb is None else decay * p_ulb + (1 - decay) * np.mean(probs_w, axis=0)
     threshold = tau * np.mean([p.max() for p in probs_lb])
     unsup = 0.0
-    for weak, strong in zip(probs_w, logits_s):
+    for weak, strong, zs in zip(probs_w, logits_s, zs_ulb):
         aligned = weak * (p_lb + 1e-6) / (p_ulb + 1e-6)
         aligned = aligned / aligned.sum()
-        if aligned.max() >= threshold:
+        if aligned.max() >= threshold or (agreement and aligned.argmax() == zs):
             unsup += ce(strong, aligned.argmax()) / len(logits_s)
     sup = np.mean([ce(r, k) for r, k in zip(logits_lb, y)])
     kd = np.mean([ce(r, k) for r, k in zip(np.concatenate([kd_lb, kd_w]), np.concatenate([zs_lb, zs_ulb]))])
@@ -144,3 +149,46 @@ def test_agreement_with_a_teacher_that_repeats_the_student_keeps_all_and_with_a_
     assert 0 < mask.mean() < 1
     assert zm.with_agreement(mask, label, label).mean() == 1
     assert torch.equal(zm.with_agreement(mask, label, torch.full((50,), -1)), mask)
+
+
+@pytest.mark.parametrize("agreement", [False, True])
+def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, agreement):
+    """The first step of stage 2, its losses recomputed row by row from the same weights, labels and views."""
+    data = common.load_data("digits", "data")
+    y_zs = np.random.RandomState(0).randint(0, 10, len(data.train))
+    path = tmp_path / "labels.jsonl"
+    pseudolabel.write_labels(path, pseudolabel.header_of(data, "train", "made up", "none"), np.eye(10)[y_zs])
+    zm.main(zm.Args(
+        stages="2", num_steps=1, log_every=1, batch_size=8, uratio=4, anneal="none", lambda_p=0.5, lambda_u=1.0, tau=0.92,
+        agreement=agreement, pseudolabels=str(path), runs_dir=str(tmp_path), data_dir=str(tmp_path),
+    ))  # fmt: skip
+    (metrics,) = tmp_path.glob("zeromatch-*/metrics.jsonl")
+    logged = json.loads(metrics.read_text().splitlines()[0])
+
+    views = common.Views(data.train, common.preset_of("digits"), torch.device("cpu"))
+    lb = torch.from_numpy(common.draw_labeled(data.train.y, 10, 10, 0)[common.batch_at(10, 8, 0, 0)])
+    ulb = common.batch_at(len(views), 32, 0, 0)
+    common.seed_step(0, "weights", 0)
+    student = common.build_student("cnn", 1, 8, 10)
+    common.seed_step(0, "auxiliary head", 0)
+    student.add_kd_head()
+    common.seed_step(0, "stage 2", 0)
+    x = torch.cat([views.weak(lb), views.weak(ulb), views.strong(ulb)])
+    logits, kd = (out.detach().double().numpy() for out in student.train()(x)[:2])
+    start = np.full(10, 0.1)
+    *expected, _, _ = reference_step(
+        logits[:8], logits[8:40], logits[40:], kd[:8], kd[8:40], data.train.y[lb], y_zs[lb], y_zs[ulb], start, None,
+        0.99, 0.92, 0.5, agreement,
+    )  # fmt: skip
+    names = ("train/loss_s", "train/loss_u", "train/loss_kd", "train/loss")
+    assert [logged[name] for name in names] == pytest.approx(expected, rel=1e-4)
+    assert 0 < logged["train/mask_rate"] < 1  # the case is not a trivial one
+
+
+def test_a_label_file_that_was_found_without_one_of_the_test_part_is_read(tmp_path, monkeypatch):
+    data = common.load_data("digits", "data")
+    path = tmp_path / "digits-train-clip.jsonl"
+    pseudolabel.write_labels(path, pseudolabel.header_of(data, "train", "clip", "none"), np.eye(10)[data.train.y])
+    monkeypatch.setattr(zm, "default_labels", lambda *given: (path, None))
+    result = zm.main(zm.Args(num_steps=1, runs_dir=str(tmp_path), data_dir=str(tmp_path)))
+    assert result["teacher_acc"] is None and 0 <= result["test_acc"] <= 100
