@@ -28,8 +28,8 @@ reported accuracy is that of the last evaluation (and the median of the last 20)
 Departures from the authors' code
   D1  Stage 1 hands on its last (averaged) weights. ZM keeps the checkpoint that fits the teacher's
       labels on training images best, which rewards the most over-fitted one.
-  D2  Reported is the last evaluation and the median of the last 20; ZM reports the best test accuracy
-      (images) or the test accuracy of the weights that are best on labeled dev data (texts).
+  D2  Reported is the last evaluation and the median of the last 20; ZM reports the best test accuracy, for
+      texts the test accuracy of the weights that are best on labeled dev data.
   D3  An example whose teacher gave no answer has no distillation loss; it counts in the denominator,
       as an unlabeled example below the threshold does. ZM gives it one fixed class.
   D4  With batch statistics (CNN, WRN) weights are averaged over steps and the averaged ones evaluated,
@@ -339,19 +339,18 @@ def main(args: Args) -> dict[str, Any]:
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
-    labels_train, labels_test = args.pseudolabels, args.pseudolabels_test
     if args.stages == "1" and args.agreement:
         raise UserError("--agreement changes stage 2 only; leave it out with --stages 1")
-    if labels_train is None:
-        if labels_test is not None:
-            raise UserError("--pseudolabels-test needs --pseudolabels")
+    if args.pseudolabels_test and not args.pseudolabels:
+        raise UserError("--pseudolabels-test needs --pseudolabels")
+    if not args.pseudolabels:
         found = default_labels(data, args.data_dir, args.dataset, args.test_file)
-        labels_train, labels_test = (path and str(path) for path in found)  # None: no labels of the test part
-        args = replace(args, pseudolabels=labels_train, pseudolabels_test=labels_test)  # kept in args.json
-    zero_shot, _ = read_labels(labels_train, data, "train")
+        found = [path and str(path) for path in found]  # None: no labels of the test part
+        args = replace(args, pseudolabels=found[0], pseudolabels_test=found[1])  # kept in args.json
+    zero_shot, _ = read_labels(args.pseudolabels, data, "train")
     teacher_acc = None
-    if labels_test:
-        teacher_acc = 100 * float((read_labels(labels_test, data, "test")[0] == data.test.y).mean())
+    if args.pseudolabels_test:
+        teacher_acc = 100 * float((read_labels(args.pseudolabels_test, data, "test")[0] == data.test.y).mean())
 
     test_part, measured = measured_part(data, zero_shot)
     name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
@@ -381,9 +380,8 @@ def main(args: Args) -> dict[str, Any]:
     result["stage1_acc"] = run.result(stage=1)[measured]
     run.write_json("result.json", result | {"args": asdict(args)})
     print(f"\n{data.name}, {len(labeled)} labels: {MEASURED[measured][1]} ({len(test)}), last evaluation")
-    rows = [("teacher (zero-shot)", teacher_acc), ("stage 1 (pseudo-supervision)", result["stage1_acc"])]
-    rows += [("stage 2 (ZeroMatch)", result[measured])] if args.stages != "1" else []
-    for name, acc in rows:
+    accs = {"teacher (zero-shot)": teacher_acc, "stage 1 (pseudo-supervision)": result["stage1_acc"]}
+    for name, acc in (accs | ({} if args.stages == "1" else {"stage 2 (ZeroMatch)": result[measured]})).items():
         print(f"  {name:30} {'not known' if acc is None else f'{acc:.2f} %'}")
     return result
 
