@@ -131,7 +131,7 @@ class Args:
     marginal_decay: float | None = None
     """Decay of the running class marginals p_lb and p_ulb."""
     agreement: bool = False
-    """Beyond the paper: a pseudo-label that is also the teacher's counts at any confidence (`with_agreement`)."""
+    """Beyond the paper: a pseudo-label that is also the teacher's counts by alpha_t below the threshold, too."""
 
 
 # ---------------------------------------------------------------------------- the method
@@ -196,12 +196,12 @@ def loss_distillation(logits: Tensor, y_zs: Tensor) -> Tensor:
     return F.cross_entropy(logits, y_zs, reduction="none", ignore_index=-1).mean()
 
 
-def with_agreement(mask: Tensor, pseudo_label: Tensor, y_zs: Tensor) -> Tensor:
-    """1 where pseudo_label_i = y_zs_i, whatever its confidence, else mask_i: two witnesses need no threshold.
+def with_agreement(mask: Tensor, pseudo_label: Tensor, y_zs: Tensor, alpha_t: float) -> Tensor:
+    """max(mask_i, alpha_t) where pseudo_label_i = y_zs_i, else mask_i: two witnesses need no threshold.
 
-    [B_u] 0 or 1, [B_u] int64, [B_u] int64 (-1: no answer, agrees with none) -> [B_u]. Not in the paper.
-    After stage 1 the witnesses are not independent: a mistake that the head has learned from the teacher counts."""
-    return torch.where(pseudo_label == y_zs, 1.0, mask)
+    Ramped, as right after stage 1 they are not independent: the head agrees with what it was taught, mistakes too.
+    [B_u] 0 or 1, [B_u] int64, [B_u] int64 (-1: no answer, agrees with none), in [0, 1] -> [B_u]. Not in the paper."""
+    return torch.where(pseudo_label == y_zs, mask.clamp(min=alpha_t), mask)
 
 
 # ---------------------------------------------------------------------------- training
@@ -295,7 +295,7 @@ def train_stage2(
         c_tau = mean_over_processes(relative_threshold(probs_lb, args.tau))
         pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
         if args.agreement:
-            mask = with_agreement(mask, pseudo_label, y_zs[idx_ulb])
+            mask = with_agreement(mask, pseudo_label, y_zs[idx_ulb], alpha_t)
 
         loss_s = F.cross_entropy(logits_lb, y_lb)
         loss_u = loss_consistency(logits_ulb_s, pseudo_label, mask)

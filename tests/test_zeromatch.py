@@ -136,10 +136,11 @@ def test_consistency_gradient_is_softmax_minus_one_hot_on_kept_rows_only():
     assert torch.allclose(logits.grad, expected, atol=1e-7)
 
 
-def test_agreement_counts_what_the_teacher_says_too_and_nothing_else():
+def test_agreement_counts_what_the_teacher_says_too_by_the_ramp_and_nothing_else():
     label, y_zs = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 2, 2, 1, -1])
     mask = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0])
-    assert zm.with_agreement(mask, label, y_zs).tolist() == [1, 0, 1, 1, 0]
+    assert zm.with_agreement(mask, label, y_zs, 0.25).tolist() == [0.25, 0, 1, 1, 0]
+    assert zm.with_agreement(mask, label, y_zs, 1.0).tolist() == [1, 0, 1, 1, 0]
     assert mask.tolist() == [0, 0, 1, 1, 0]  # the threshold's own mask stays what it was
 
 
@@ -147,8 +148,9 @@ def test_agreement_with_a_teacher_that_repeats_the_student_keeps_all_and_with_a_
     probs = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
     label, mask = zm.hard_labels(probs, 0.6)
     assert 0 < mask.mean() < 1
-    assert zm.with_agreement(mask, label, label).mean() == 1
-    assert torch.equal(zm.with_agreement(mask, label, torch.full((50,), -1)), mask)
+    assert zm.with_agreement(mask, label, label, 1.0).mean() == 1
+    assert torch.equal(zm.with_agreement(mask, label, label, 0.0), mask)  # the first step
+    assert torch.equal(zm.with_agreement(mask, label, torch.full((50,), -1), 1.0), mask)
 
 
 @pytest.mark.parametrize("agreement", [False, True])
