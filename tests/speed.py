@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import adamatch
 import common
 import kd_fixmatch
 import zeromatch
@@ -136,14 +137,21 @@ def measure_views(preset: str, stored: int, pairs: int, repeats: int) -> dict[st
 
 # ---------------------------------------------------------------------------- steps
 
+VIT, TEXTS = "vit_small_patch2_32", "BERT-base, 4 + 4 + 4 texts of about 50 tokens"
+CASES = {  # title, script, data set of the preset, backbone, classes, labeled examples a step, uratio
+    "cnn": ("small CNN, digits, 16 + 64 + 64: ZeroMatch", zeromatch, "digits", "cnn", 10, 16, 4),
+    "vit": ("ViT-S/2, 32 pixels, 4 + 4 + 4: ZeroMatch", zeromatch, "cifar100", VIT, 100, 4, 1),
+    "vit, AdaMatch": ("the same: AdaMatch", adamatch, "cifar100", VIT, 100, 4, 1),
+    "wrn": ("WRN-28-2, 4 + 28 + 28: FixMatch", kd_fixmatch, "cifar10", "wrn_28_2", 10, 4, 7),
+    "bert": (TEXTS + ": ZeroMatch", zeromatch, "ag_news", "", 4, 4, 1),
+    "bert, AdaMatch": ("the same: AdaMatch", adamatch, "ag_news", "", 4, 4, 1),
+}
+
 
 def make_case(name: str, folder: str) -> SimpleNamespace:
     """A student, views, and arguments of one preset, on made-up data. batch: rows of (labeled, weak, strong)."""
-    B, uratio, script = {"cnn": (16, 4, zeromatch), "vit": (4, 1, zeromatch), "wrn": (4, 7, kd_fixmatch),
-                         "bert": (4, 1, zeromatch)}[name]  # fmt: skip
-    dataset, backbone, K = {"cnn": ("digits", "cnn", 10), "vit": ("cifar100", "vit_small_patch2_32", 100),
-                            "wrn": ("cifar10", "wrn_28_2", 10), "bert": ("ag_news", "", 4)}[name]  # fmt: skip
-    if name == "bert":
+    _, script, dataset, backbone, K, B, uratio = CASES[name]
+    if dataset == "ag_news":
         from test_text import WORDS, make_bert
 
         backbone = make_bert(folder, with_weights=False)
@@ -183,8 +191,10 @@ def shipped_steps(case: SimpleNamespace, num_steps: int) -> None:
         run.save = lambda *a, **k: None  # checkpoints are written every few thousand steps
         if case.script is zeromatch:
             zeromatch.train_stage2(case.student, case.labeled, case.y_lb, case.y_zs, case.views, few, args, run)
+        elif case.script is adamatch:
+            adamatch.train_adamatch(case.student, case.labeled, case.y_lb, case.views, few, args, run)
         else:
-            kd_fixmatch.train(1, case.student, case.labeled, case.y_lb, case.views, few, args, run)
+            kd_fixmatch.train_fixmatch(1, case.student, case.labeled, case.y_lb, case.views, few, args, run)
     run.metrics.close()
 
 
@@ -275,6 +285,19 @@ def flops_of(function: Callable[[], Any]) -> float:
     return counter.get_total_flops()
 
 
+def flops_a_step(case: SimpleNamespace) -> tuple[float, float]:
+    """(as published, ours): where nothing couples the rows and nothing learns from the weak view, ours has no
+    backward pass there."""
+    case.student.eval()
+    x = case.views.weak(torch.arange(2))
+    with torch.no_grad():
+        forward = flops_of(lambda: case.student(x)) / 2
+    both = flops_of(lambda: sum(out.sum() for out in case.student(x)[:2] if out is not None).backward()) / 2
+    published = (case.B + 2 * case.B_u) * both
+    learns = case.script is zeromatch or case.student.encoder.batch_statistics
+    return published, published if learns else published - case.B_u * (both - forward)
+
+
 # ---------------------------------------------------------------------------- scaling
 
 POOL = """
@@ -336,10 +359,6 @@ def text_steps(length: int, batch: int = 8, repeats: int = 5) -> float:
 
 # ---------------------------------------------------------------------------- the command
 
-CASES = {
-    "cnn": "small CNN, digits, 16 + 64 + 64", "vit": "ViT-S/2, 32 pixels, 4 + 4 + 4",
-    "wrn": "WRN-28-2 (FixMatch), 4 + 28 + 28", "bert": "BERT-base, 4 + 4 + 4 texts of about 50 tokens",
-}  # fmt: skip
 Part = Literal["views", "step", "published", "scaling"]
 
 
@@ -375,9 +394,9 @@ def report_steps(other: Literal["bare", "published"], repeats: int, cases: tuple
             ratio = np.median(theirs) / np.median(ours)
             last = f"{100 / ratio - 100:+.0f} %" if other == "bare" else f"{ratio:.2f}"
             precision = "float32" if case.dtype is None else "bfloat16"
-            row = [CASES[name], precision, said(ours, 1), said(theirs, 1), last]
+            row = [CASES[name][0], precision, said(ours, 1), said(theirs, 1), last]
             at = np.median(theirs) / 1e3 / (1 if other == "bare" else 2.5)
-            share = flops_of(lambda case=case: bare_steps(case, 1)) / at / peak_flops(case.dtype)
+            share = flops_a_step(case)[other == "published"] / at / peak_flops(case.dtype)
             rows.append([*row, f"{100 * share:.0f} %"])
     if other == "bare":
         peaks = [peak_flops(dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)]
@@ -404,22 +423,10 @@ def report_scaling(repeats: int) -> None:
 
 def report_flops() -> None:
     rows = []
-    for name, title in CASES.items():
+    for name, (title, *_) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            case = make_case(name, folder)
-            x = case.views.weak(torch.arange(2))
-            each = {}
-            for grad in (True, False):
-                with torch.set_grad_enabled(grad):
-                    case.student.eval()
-                    each[grad] = flops_of(lambda: sum(o.sum() for o in case.student(x)[:2] if o is not None)
-                                          .backward() if grad else case.student(x)) / 2  # fmt: skip
-            whole = case.B + 2 * case.B_u
-            alone = (case.B + case.B_u) * each[True] + case.B_u * each[False]  # no gradient through the weak view
-            coupled = case.student.encoder.batch_statistics
-            rows.append([title, f"{whole * each[True] / 1e9:.2f}",
-                         f"{(whole * each[True] if coupled else alone) / 1e9:.2f}"])  # fmt: skip
-    table("Gflop a step | as published, and ZeroMatch | AdaMatch and FixMatch, ours", rows)
+            rows.append([title, *(f"{flops / 1e9:.2f}" for flops in flops_a_step(make_case(name, folder)))])
+    table("Gflop a step | as published | ours", rows)
 
 
 def speed(only: Part | None = None, flops: bool = False, repeats: int = 7) -> None:
