@@ -19,7 +19,7 @@ The averaged weights are evaluated; the reported accuracy is that of the last ev
     variant              zeromatch (default)              original (GAM)
     labeled views        weak                             weak and strong, loss_s is their mean
     logit interpolation  none                             labeled batch alone and jointly, below
-    p_ulb                running marginal_decay  mean of the last 128 batches' means
+    p_ulb                running average, marginal_decay  mean of the last 128 batches' means
     mu_t                 1                                half a cosine from 0 to 1 over the first half
     --tau                0.95                             0.9
 The default is stage 2 of zeromatch.py without the teacher, hyper-parameter by hyper-parameter, so that
