@@ -960,6 +960,34 @@ def draw_labeled(y: np.ndarray, num_labels: int, num_classes: int, seed: int) ->
     return np.concatenate(drawn)
 
 
+def class_shares(
+    source: str, classes: list[str], y_zs: np.ndarray, y_lb: np.ndarray, device: torch.device
+) -> Tensor | None:
+    """Shares of the classes, float32 [K], sum 1: by "teacher", or those of a JSON file, {class: share or count}.
+
+    "labeled": None, as the network's own mean on labeled batches stands for them. "teacher": p_k = (share of the
+    teacher's answers y_zs [N] + share of the labels y_lb [num_labels]) / 2, as a teacher's mistakes bend its shares;
+    -1 in y_zs is no answer. Raises UserError for a file without a positive number for every class."""
+    if source == "labeled":
+        return None
+    if source == "teacher":
+        counts = [np.bincount(y[y >= 0], minlength=len(classes)) for y in (y_zs, y_lb)]
+        counts = sum(count / max(1, count.sum()) for count in counts)
+    else:
+        try:
+            given = json.loads(Path(source).read_text(encoding="utf-8"))
+            counts = np.array([float(given.pop(name)) for name in classes])
+            if given or not (np.isfinite(counts) & (counts > 0)).all():
+                raise ValueError
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            like = ", ".join(f"{json.dumps(name)}: 1" for name in classes[:3])
+            raise UserError(
+                f"--prior {source}: expected labeled, teacher, or a JSON file with a positive share or count of each "
+                f"class and of nothing else, as in {{{like}, ...}}"
+            ) from None
+    return torch.from_numpy(counts / counts.sum()).float().to(device)
+
+
 # ---------------------------------------------------------------------------- views
 # Every image has its own random parameters: one row of uniform numbers u. Views are pure functions
 # of (images, u), the only randomness being the drawing of u, on the CPU, so that they are the same
@@ -1903,13 +1931,15 @@ class Run:
         write_atomically(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def describe(
-        self, data: Data, labeled: np.ndarray, args: dict[str, Any], measured: str, y_zs: np.ndarray | None = None
-    ) -> None:
+        self, data: Data, labeled: np.ndarray, args: dict[str, Any], measured: str, y_zs: np.ndarray | None = None,
+        prior: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Print one screen, what will be done with what: split, classes, teacher, plan; keep the labeled positions.
 
-        measured: a key of MEASURED. y_zs [N]: the teacher's labels, -1 where it abstained."""
+        measured: a key of MEASURED. y_zs [N]: the teacher's labels, -1 where it abstained. prior [K]: the shares of
+        the classes that pseudo-labels should have, if not the labels'; the health line compares with them."""
         self.measured, self.classes, y_lb = measured, data.classes, data.train.y[labeled]
-        self.p_labeled = torch.from_numpy(np.bincount(y_lb, minlength=len(data.classes)) / len(y_lb))
+        self.p_expected = torch.from_numpy(np.bincount(y_lb, minlength=len(data.classes)) / len(y_lb))
         self.counts = self.state.get("counts", torch.zeros(len(data.classes), device=self.device))
         n, labels, tests = len(data.train), len(labeled), 0 if data.test is None else len(data.test)
         batch, rows = args["batch_size"], 0 if args.get("supervised_only") else args["uratio"] * args["batch_size"]
@@ -1920,6 +1950,10 @@ class Run:
         if y_zs is not None:
             print(f"teacher's labels of a class: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
             print(f"teacher right on labeled examples: {share_right(int((y_zs[labeled] == y_lb).sum()), labels)}")
+        if prior is not None:
+            self.p_expected = prior.cpu()
+            of_1000 = np.repeat(np.arange(len(prior)), (1000 * self.p_expected).round().int())
+            print(f"of 1000 pseudo-labels in alignment: {class_counts(of_1000, data.classes)}")
         plan = []
         if warm_up and stages != "2":
             plan.append(f"{warm_up} steps of stage 1: {warm_up * rows / n:.1f} passes over the pool")
@@ -2019,7 +2053,7 @@ class Run:
         """Write one test accuracy in percent (`result` reports from all of them), and say how training goes.
 
         class_drift is half the sum over classes of |share of the pseudo-labels that counted since the
-        last evaluation - share of the labels|: 0 alike, near 1 everything in a class of few labels."""
+        last evaluation - share that they should have|: 0 alike, near 1 everything in a class of few labels."""
         self.history.append([stage, step + 1, acc])
         name = MEASURED[self.measured][0]
         row = {name: acc, "time/hours": self.seconds() / 3600}
@@ -2027,7 +2061,7 @@ class Run:
         health = [said.format(known[key]) for key, said in HEALTH.items() if key in known]
         counts = mean_over_processes(self.counts).cpu().double()
         if counts.sum() > 0:
-            drift = 0.5 * (counts / counts.sum() - self.p_labeled).abs().sum().item()
+            drift = 0.5 * (counts / counts.sum() - self.p_expected).abs().sum().item()
             row["train/class_drift"] = drift
             health.append(f"class drift {drift:.2f}")
         if counts.sum() > 50 * len(self.classes):
@@ -2040,11 +2074,11 @@ class Run:
     def _warn_of_classes(self, counts: Tensor) -> None:
         """Warn of a class that swallows the others, and of classes that get nothing."""
         shares, top = counts / counts.sum(), int(counts.argmax())
-        p = self.p_labeled[top]
+        p = self.p_expected[top]
         if shares[top] > max(0.5, min(3 * p, (1 + p) / 2)):  # of two or three classes none can have 3 times its share
             self.warn(
-                f"class {top}", f"{100 * shares[top]:.0f} % of the pseudo-labels are {self.classes[top]!r}, of the "
-                f"labels {100 * self.p_labeled[top]:.0f} %: training may be collapsing; try a higher --tau, lower --lr",
+                f"class {top}", f"{100 * shares[top]:.0f} % of the pseudo-labels are {self.classes[top]!r}, "
+                f"expected {100 * p:.0f} %: training may be collapsing; try a higher --tau, lower --lr",
             )  # fmt: skip
         missing = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
         if missing:

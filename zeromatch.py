@@ -23,13 +23,12 @@ reported accuracy is that of the last evaluation (and the median of the last 20)
     python zeromatch.py --stages 1                         pseudo-supervision: the teacher's labels as if true
     python zeromatch.py --stages 2                         ablation: no warm-up
     python zeromatch.py --lambda-p 0 | --anneal none       ablations: no auxiliary loss | constant weight
-    python zeromatch.py --agreement                        beyond the paper: the teacher's agreement counts
+    python zeromatch.py --agreement | --prior teacher      beyond the paper: with_agreement | align to other shares
 
 Departures from the authors' code
   D1  Stage 1 hands on its last (averaged) weights. ZM keeps the checkpoint that fits the teacher's
       labels on training images best, which rewards the most over-fitted one.
-  D2  Reported is the last evaluation and the median of the last 20; ZM reports the best test accuracy, for
-      texts the test accuracy of the weights that are best on labeled dev data.
+  D2  Reported: see above. ZM: the best test accuracy; for texts that of the weights best on labeled dev data.
   D3  An example whose teacher gave no answer has no distillation loss; it counts in the denominator,
       as an unlabeled example below the threshold does. ZM gives it one fixed class.
   D4  With batch statistics (CNN, WRN) weights are averaged over steps and the averaged ones evaluated,
@@ -49,8 +48,8 @@ from torch import Tensor, nn
 
 from common import (
     MEASURED, PROCESSES, Averaged, Run, TextViews, UserError, Views, accuracy, batch_at, build_optimizer, build_student,
-    check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views,
-    mean_over_processes, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step,
+    check_arguments, class_shares, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights,
+    make_views, mean_over_processes, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step,
     setup_device, student_config,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
@@ -132,6 +131,9 @@ class Args:
     """Decay of the running class marginals p_lb and p_ulb."""
     agreement: bool = False
     """Beyond the paper: a pseudo-label that is also the teacher's counts by alpha_t below the threshold, too."""
+    prior: str = "labeled"
+    """Beyond the paper, for classes of unequal size: shares that pseudo-labels are aligned to. labeled: p_lb, as
+    published; teacher: the mean of the teacher's and the labels'; else a JSON file, {class: share or count}."""
 
 
 # ---------------------------------------------------------------------------- the method
@@ -250,11 +252,12 @@ def train_stage1(
 
 def train_stage2(
     student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, y_zs: Tensor, train: Views | TextViews,
-    test: Views | TextViews, args: Args, run: Run,
+    test: Views | TextViews, prior: Tensor | None, args: Args, run: Run,
 ) -> nn.Module:  # fmt: skip
     """AdaMatch on the main head, distillation on the auxiliary head.
 
     labeled_idx [num_labels] are positions in `train`, y_lb_all their labels, y_zs [N] the teacher's.
+    prior [K]: shares of the classes in place of p_lb in the alignment; None: as published.
     The unlabeled pool is all of `train`, the labeled examples included. train.y beyond the labeled
     ones is read in the line that logs the pseudo-labels' accuracy, and nowhere else.
     Returns the network to evaluate."""
@@ -293,7 +296,7 @@ def train_stage2(
         p_lb = mean_over_processes(update_marginal(p_lb, probs_lb, args.marginal_decay))  # both before use
         p_ulb = mean_over_processes(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
         c_tau = mean_over_processes(relative_threshold(probs_lb, args.tau))
-        pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
+        pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb if prior is None else prior, p_ulb), c_tau)
         if args.agreement:
             mask = with_agreement(mask, pseudo_label, y_zs[idx_ulb], alpha_t)
 
@@ -339,23 +342,23 @@ def main(args: Args) -> dict[str, Any]:
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     data = load_data(args.dataset, args.data_dir, args.test_file)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
-    if args.stages == "1" and args.agreement:
-        raise UserError("--agreement changes stage 2 only; leave it out with --stages 1")
+    if args.stages == "1" and (args.agreement or args.prior != "labeled"):
+        raise UserError("--agreement and --prior change stage 2 only; leave them out with --stages 1")
     if args.pseudolabels_test and not args.pseudolabels:
         raise UserError("--pseudolabels-test needs --pseudolabels")
     if not args.pseudolabels:
-        found = default_labels(data, args.data_dir, args.dataset, args.test_file)
-        found = [path and str(path) for path in found]  # None: no labels of the test part
+        found = [p and str(p) for p in default_labels(data, args.data_dir, args.dataset, args.test_file)]  # or None
         args = replace(args, pseudolabels=found[0], pseudolabels_test=found[1])  # kept in args.json
     zero_shot, _ = read_labels(args.pseudolabels, data, "train")
     teacher_acc = None
     if args.pseudolabels_test:
         teacher_acc = 100 * float((read_labels(args.pseudolabels_test, data, "test")[0] == data.test.y).mean())
 
+    prior = class_shares(args.prior, data.classes, zero_shot, data.train.y[labeled], device)
     test_part, measured = measured_part(data, zero_shot)
     name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(args.runs_dir, name, asdict(args), device, dtype)
-    run.describe(data, labeled, vars(args), measured, zero_shot)
+    run.describe(data, labeled, vars(args), measured, zero_shot, prior)
     train, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in (data.train, test_part))
     y_zs = torch.from_numpy(zero_shot).to(device)
     labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
@@ -365,17 +368,15 @@ def main(args: Args) -> dict[str, Any]:
     load_weights(student.encoder, args.backbone, args.weights)
     if args.compile:
         student.compile()
-    evaluated = student
     if args.stages != "2" and run.state["stage"] < 2:
         evaluated = train_stage1(student, y_zs, train, test, args, run)
         student.load_state_dict(evaluated.state_dict())  # stage 2 inherits encoder and main head ...
     if args.stages != "1":
         seed_step(args.seed, "auxiliary head", 0)
         student.add_kd_head()  # ... while auxiliary head, optimizer, schedule and marginals are new
-        evaluated = train_stage2(student, labeled_idx, y_lb_all, y_zs, train, test, args, run)
+        evaluated = train_stage2(student, labeled_idx, y_lb_all, y_zs, train, test, prior, args, run)
 
-    config = student_config(args.dataset, args.backbone, preset, data.classes)
-    save_student(run.folder / "student", evaluated, config)
+    save_student(run.folder / "student", evaluated, student_config(args.dataset, args.backbone, preset, data.classes))
     result = run.result(stage=1 if args.stages == "1" else 2) | {"teacher_acc": teacher_acc, "measured": measured}
     result["stage1_acc"] = run.result(stage=1)[measured]
     run.write_json("result.json", result | {"args": asdict(args)})

@@ -6,6 +6,7 @@
         --pseudolabels-test data/labels/fashion_mnist-test-pixels.jsonl
     python tests/benchmark.py pixel-teacher      makes these two files
     python tests/benchmark.py extensions         ZeroMatch with --agreement, three teachers a data set
+    python tests/benchmark.py imbalance          ZeroMatch with --prior, on pools of unequal classes
     python tests/benchmark.py teachers           makes two more teachers a data set
     python tests/benchmark.py speed              how fast it is (speed.py)
     python tests/benchmark.py fortunes           makes a data set of short texts (README: Short texts)
@@ -23,9 +24,12 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -52,7 +56,13 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "KD-FixMatch (SCE 1.0, 0.1)": (kd_fixmatch, {"unsup_loss": "sce"}, "halves"),
     REFERENCE: (zeromatch, {}, "two stages"),
 }
-EXTENSIONS = {"ZeroMatch, agreement": (zeromatch, {"agreement": True}, "two stages")}  # beyond the papers
+AGREEMENT, PRIOR_TEACHER, PRIOR_FILE = "ZeroMatch, agreement", "ZeroMatch, prior teacher", "ZeroMatch, prior FILE"
+EXTENSIONS: dict[str, tuple[Any, dict[str, Any], str]] = {  # beyond the papers
+    AGREEMENT: (zeromatch, {"agreement": True}, "two stages"),
+    PRIOR_TEACHER: (zeromatch, {"prior": "teacher"}, "two stages"),
+    PRIOR_FILE: (zeromatch, {"prior": "FILE"}, "two stages"),  # FILE: the pool's true shares, see `thinned`
+    f"{AGREEMENT}, prior teacher": (zeromatch, {"agreement": True, "prior": "teacher"}, "two stages"),
+}
 
 
 def steps_of(kind: str, stage1: int, stage2: int) -> dict[str, int]:
@@ -71,15 +81,47 @@ def run_row(row: str, seed: int, shared: dict[str, Any], stage1: int, stage2: in
     torch.set_num_threads(1)
     script, own, kind = (ROWS | EXTENSIONS)[row]
     known = {name: value for name, value in shared.items() if hasattr(script.Args, name)}
+    own = {name: shared["shares"] if value == "FILE" else value for name, value in own.items()}
+    ratio = shared.get("imbalance", 1)
     if script is adamatch and not own.get("feature_input"):
         known |= {"pseudolabels": None, "pseudolabels_test": None}
     args = script.Args(seed=seed, runs_dir=folder, **known, **own, **steps_of(kind, stage1, stage2))
     before = set(Path(folder).glob("*"))
-    with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):
+    thin = patch.object(script, "load_data", lambda *given: thinned(common.load_data(*given), ratio))
+    with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent), thin:
         result = script.main(args)
     (made,) = [p for p in set(Path(folder).glob("*")) - before if (p / "result.json").exists()]
     metrics = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
-    return {"row": row, "seed": seed, **{k: v for k, v in result.items() if k != "args"}, "metrics": metrics}
+    result = {k: v for k, v in result.items() if k != "args"}
+    if ratio != 1:
+        data = common.load_data(args.dataset, args.data_dir)
+        result["pool_acc"] = accuracy_as_in(thinned(data, ratio).train, data.test, made / "student", args.dataset)
+    return {"row": row, "seed": seed, **result, "metrics": metrics}
+
+
+def kept_when_thinned(y: np.ndarray, ratio: float) -> np.ndarray:
+    """Positions that stay where class sizes fall geometrically, from all of a class to 1 / ratio of it.
+
+    Which class is how frequent, and which of its examples stay (12 or more), is drawn once for all seeds."""
+    rng, classes = np.random.RandomState(7), np.unique(y)
+    share = dict(zip(rng.permutation(classes), ratio ** -np.linspace(0, 1, len(classes)), strict=True))
+    members = {k: rng.permutation(np.flatnonzero(y == k)) for k in classes}
+    return np.sort(np.concatenate([m[: max(12, int(share[k] * len(m)))] for k, m in members.items()]))
+
+
+def thinned(data: common.Data, ratio: float) -> common.Data:
+    """The data with a training part of unequal classes (ratio 1: as it is) and the same test part."""
+    return data if ratio == 1 else replace(data, train=data.train.take(kept_when_thinned(data.train.y, ratio)))
+
+
+def accuracy_as_in(pool: common.Split, test: common.Split, student: Path, dataset: str) -> float:
+    """Test accuracy in percent if the test part had the pool's shares of the classes: their mean of the recalls."""
+    network, config = common.load_student(student)
+    preset = common.preset_of(dataset, config["backbone"])
+    views = common.make_views(test, preset, config["backbone"], torch.device("cpu"))
+    right = common.predict(network, views).argmax(dim=1).numpy() == test.y
+    shares = np.bincount(pool.y) / len(pool)
+    return 100 * float(sum(share * right[test.y == k].mean() for k, share in enumerate(shares)))
 
 
 def zero_shot_accuracy(dataset: str, data_dir: str, path: str | None, test_file: str | None = None) -> float | None:
@@ -375,7 +417,7 @@ def extensions(
                 at = {s: f"{data_dir}/labels/{dataset}-{s}-{teacher}.jsonl" for s in ("train", "test")}
                 labels = {"pseudolabels": at["train"], "pseudolabels_test": at["test"]}
                 path = Path(runs_dir) / f"extensions-{dataset}-{num_labels}-{teacher}.json"
-                rows = (REFERENCE, *EXTENSIONS)
+                rows = (REFERENCE, AGREEMENT)
                 runs = finished_runs(path, rows, seeds, shared | labels, num_steps, jobs)
                 accs, published = accuracies(runs), [run for run in runs if run["row"] == REFERENCE]
                 columns = [[run[name] for run in published] for name in ("teacher_acc", "stage1_acc")]
@@ -392,6 +434,67 @@ def extensions(
         print(f"| {title} | {teacher} | {means} | {with_interval(values[-1] - values[-2])} |")
     if plot:
         draw_confusions(confusions, plot)
+
+
+IMBALANCED = (  # data set, labels, teacher
+    ("digits", 10, "glyphs"), ("digits", 40, "rows"), ("fashion_mnist", 40, "pixels"), ("fashion_mnist", 100, "svm"),
+)  # fmt: skip
+
+
+def imbalance(
+    ratio: float = 20,
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    data_dir: str = "data",
+    runs_dir: str = "runs",
+    jobs: int = 2,
+) -> None:
+    """ZeroMatch with --prior against ZeroMatch as published, on pools of unequal classes and as many labels of each.
+
+    Prints two tables, a row a cell: accuracy on the test part as it is, whose classes are of one size, and as it
+    would be with the pool's shares of the classes. The label files are those of `extensions`.
+
+    Args:
+        ratio: Size of the largest class by that of the smallest; 1: the whole pool.
+        seeds: One run a row and seed.
+        data_dir: Where data sets and label files are kept.
+        runs_dir: Where the run folders and the JSON files of finished runs go.
+        jobs: Runs side by side.
+    """
+    rows = (REFERENCE, PRIOR_TEACHER) if ratio == 1 else (REFERENCE, *list(EXTENSIONS)[1:])
+    accs: dict[str, list[np.ndarray]] = {"test_acc": [], "pool_acc": []}
+    for dataset, num_labels, teacher in IMBALANCED:
+        labels = f"{data_dir}/labels/{dataset}-{{}}-{teacher}.jsonl".format
+        shared = {"dataset": dataset, "data_dir": data_dir, "log_every": 20, "num_labels": num_labels}
+        shared |= {"pseudolabels": labels("train"), "pseudolabels_test": labels("test"), "imbalance": ratio}
+        if ratio != 1:
+            data = common.load_data(dataset, data_dir)
+            shared |= thin_files(data, ratio, labels, f"{data_dir}/labels/{dataset}-shares-{ratio:g}.json")
+        steps, amp = (None, "off") if dataset == "digits" else (700, "bf16")
+        shared |= {"amp": amp, "eval_every": steps or 800}
+        path = Path(runs_dir) / f"imbalance-{ratio:g}-{dataset}-{num_labels}-{teacher}.json"
+        runs = finished_runs(path, rows, seeds, shared, steps, jobs)
+        for name, of_cells in accs.items():
+            of = {(run["row"], run["seed"]): run.get(name, np.nan) for run in runs}
+            of_cells.append(np.array([[of[row, seed] for seed in seeds] for row in rows]))  # [rows, seeds]
+    cells = [f"{dataset}, {num_labels} labels, {teacher}" for dataset, num_labels, teacher in IMBALANCED]
+    for name, of_cells in accs.items():
+        if name == "test_acc" or ratio != 1:
+            print(f"\n| {name} | " + " | ".join(rows) + " |\n|" + "---|" * (1 + len(rows)))
+            for cell, values in [*zip(cells, of_cells, strict=True), ("mean", np.mean(of_cells, axis=0))]:
+                gains = [f"{row.mean():.1f}, {with_interval(row - values[0])}" for row in values[1:]]
+                print(f"| {cell} | {values[0].mean():.1f} | {' | '.join(gains)} |")
+
+
+def thin_files(data: common.Data, ratio: float, labels: Callable[[str], str], shares: str) -> dict[str, str]:
+    """The teacher's label file for the thinned pool, and the pool's true shares as a file for --prior."""
+    thin, kept = thinned(data, ratio), kept_when_thinned(data.train.y, ratio)
+    y_zs, _ = pseudolabel.read_labels(labels("train"), data, "train")
+    path = labels(f"train-{ratio:g}")
+    header = pseudolabel.header_of(thin, "train", Path(labels("train")).stem, f"as there, of a pool {ratio:g} to 1")
+    pseudolabel.write_labels(Path(path), header, np.eye(len(data.classes))[y_zs[kept]])
+    counts = np.bincount(thin.train.y).tolist()
+    common.write_atomically(Path(shares), json.dumps(dict(zip(data.classes, counts, strict=True))).encode())
+    return {"pseudolabels": path, "shares": shares}
 
 
 def with_interval(differences: np.ndarray) -> str:
@@ -486,5 +589,6 @@ def fortunes(data_dir: str = "data") -> None:
 
 if __name__ == "__main__":
     commands = {"compare": compare, "pixel-teacher": pixel_teacher, "teachers": teachers, "extensions": extensions}
+    commands["imbalance"] = imbalance
     commands |= {"fortunes": fortunes, "speed": speed}
     tyro.extras.subcommand_cli_from_dict(commands)

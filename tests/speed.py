@@ -190,7 +190,7 @@ def shipped_steps(case: SimpleNamespace, num_steps: int) -> None:
                      vars(args), "agreement")  # fmt: skip
         run.save = lambda *a, **k: None  # checkpoints are written every few thousand steps
         if case.script is zeromatch:
-            zeromatch.train_stage2(case.student, case.labeled, case.y_lb, case.y_zs, case.views, few, args, run)
+            zeromatch.train_stage2(case.student, case.labeled, case.y_lb, case.y_zs, case.views, few, None, args, run)
         elif case.script is adamatch:
             adamatch.train_adamatch(case.student, case.labeled, case.y_lb, case.views, few, args, run)
         else:

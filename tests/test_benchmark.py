@@ -1,5 +1,6 @@
 """The benchmark's arithmetic: equal budgets, paired differences, curves over all stages."""
 
+import json
 import re
 from concurrent.futures import Future
 
@@ -112,6 +113,39 @@ def test_the_table_of_extensions_pairs_by_seed_and_averages_over_cells(tmp_path,
     assert len(lines) == 1 + 6 + 1
     assert lines[1] == "| digits, 10 labels | glyphs | 60.0 | 65.0 | 70.0 | 80.5 | 83.5 | +3.0 (+3.0 to +3.0) |"
     assert lines[-1] == "| mean |  | 60.0 | 65.0 | 70.0 | 80.5 | 82.5 | +2.0 (+2.0 to +2.0) |"
+
+
+def test_a_thinned_pool_falls_geometrically_and_keeps_the_test_part(tmp_path):
+    data = b.common.load_data("digits", str(tmp_path))
+    thin = b.thinned(data, 8.0)
+    share = np.sort(np.bincount(thin.train.y) / np.bincount(data.train.y))
+    assert share == pytest.approx(8.0 ** -np.linspace(1, 0, 10), abs=0.01) and thin.test is data.test
+    assert b.thinned(data, 1) is data
+    kept = b.kept_when_thinned(data.train.y, 8.0)
+    assert np.array_equal(thin.train.x, data.train.x[kept]) and len(set(kept)) == len(kept) == len(thin.train)
+
+
+def test_a_thinned_pool_trains_with_its_own_label_file_and_shares_and_is_measured_twice(tmp_path):
+    b.teachers("digits", data_dir=str(tmp_path))
+    data = b.common.load_data("digits", str(tmp_path))
+    labels = f"{tmp_path}/labels/digits-{{}}-svm.jsonl".format
+    files = b.thin_files(data, 8.0, labels, str(tmp_path / "shares.json"))
+    thin = b.thinned(data, 8.0)
+    y_zs, _ = b.pseudolabel.read_labels(files["pseudolabels"], thin, "train")
+    assert (y_zs == thin.train.y).mean() > 0.95
+    true = b.common.class_shares(files["shares"], data.classes, y_zs, y_zs, b.torch.device("cpu")).numpy()
+    assert true == pytest.approx(np.bincount(thin.train.y) / len(thin.train))
+    shared = {"dataset": "digits", "num_labels": 10, "data_dir": str(tmp_path), "imbalance": 8.0, "eval_every": 30}
+    run = b.run_row(b.PRIOR_FILE, 0, shared | files, 10, 30, str(tmp_path / "run"))
+    (folder,) = (tmp_path / "run").glob("*")
+    assert json.loads((folder / "args.json").read_text())["prior"] == files["shares"]
+    assert 0 < run["test_acc"] < 100 and 0 < run["pool_acc"] < 100
+    # where all of the pool is of one class its recall alone counts
+    ones = b.common.Split(data.test.x[:3], np.array([1, 1, 1]))
+    student, _ = b.common.load_student(folder / "student")
+    views = b.common.make_views(data.test, b.common.preset_of("digits"), "cnn", b.torch.device("cpu"))
+    said = b.common.predict(student, views).argmax(dim=1).numpy()[data.test.y == 1]
+    assert b.accuracy_as_in(ones, data.test, folder / "student", "digits") == pytest.approx(100 * (said == 1).mean())
 
 
 def test_confusion_by_the_student_resembles_the_true_one_once_it_has_learned(tmp_path):

@@ -9,6 +9,8 @@ from torch import nn
 
 import common
 
+CPU = torch.device("cpu")
+
 
 def test_index_stream_shows_every_example_once_a_pass():
     for n, batch in ((10, 16), (97, 16), (64, 64), (5, 23)):
@@ -216,3 +218,30 @@ def test_accuracy_and_pseudo_label_accuracy_by_hand():
     assert rates["pl_acc"].item() == pytest.approx(200 / 3) and rates["pl_acc_masked"].item() == 50
     none = common.pseudo_label_accuracy(torch.tensor([0]), torch.tensor([0.0]), torch.tensor([-1]))
     assert none["pl_acc"].isnan() and none["pl_acc_masked"].isnan()
+
+
+def test_the_teachers_shares_are_drawn_half_way_to_the_labels():
+    y_zs, y_lb = np.array([0, 0, 0, 1, -1, -1]), np.array([0, 1, 2, 2])  # 3/4, 1/4, 0 and 1/4, 1/4, 1/2
+    assert common.class_shares("labeled", ["a", "b", "c"], y_zs, y_lb, CPU) is None
+    shares = common.class_shares("teacher", ["a", "b", "c"], y_zs, y_lb, CPU)
+    assert shares.tolist() == pytest.approx([0.5, 0.25, 0.25])
+    silent = common.class_shares("teacher", ["a", "b", "c"], np.array([-1, -1]), y_lb, CPU)
+    assert silent.tolist() == pytest.approx([0.25, 0.25, 0.5])
+
+
+def test_a_file_of_shares_or_counts_is_scaled_and_read_in_the_order_of_the_classes(tmp_path):
+    (tmp_path / "shares.json").write_text('{"dog": 30, "cat": 90}')
+    shares = common.class_shares(str(tmp_path / "shares.json"), ["cat", "dog"], np.array([0]), np.array([0]), CPU)
+    assert shares.tolist() == pytest.approx([0.75, 0.25])
+
+
+@pytest.mark.parametrize("content", [
+    None, "", "[1, 2]", "3", '{"cat": 1}', '{"cat": 1, "dog": 0}', '{"cat": 1, "dog": "many"}', '{"cat": 1, "dog": NaN}',
+    '{"cat": 1, "dog": 1, "cow": 1}', '{"cat": 1, "dog": null}', b"\xff\xfe",
+])  # fmt: skip
+def test_a_file_that_does_not_say_every_share_is_refused(tmp_path, content):
+    path = tmp_path / "shares.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(common.UserError, match=r'expected labeled, teacher, or a JSON file .* \{"cat": 1, "dog": 1'):
+        common.class_shares(str(path), ["cat", "dog"], np.array([0]), np.array([0]), CPU)

@@ -86,8 +86,20 @@ def test_a_collapse_into_one_class_and_a_missing_class_are_warned_of(run, capsys
     count(run, *[1] * 140, *[0] * 20)
     run.evaluated(2, 9, 50.0)
     out = capsys.readouterr().out
-    assert "88 % of the pseudo-labels are 'dog', of the labels 25 %" in out
+    assert "88 % of the pseudo-labels are 'dog', expected 25 %" in out
     assert "no pseudo-label of class cow counted" in out
+
+
+def test_with_a_prior_pseudo_labels_are_compared_with_it(tmp_path, capsys):
+    run = common.Run(str(tmp_path), "test", {"resume": None}, torch.device("cpu"), None)
+    part = common.Split(np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 0, 1, 2]))
+    args, prior = {"num_steps": 1000, "batch_size": 2, "uratio": 3}, torch.tensor([0.1, 0.7, 0.2])
+    run.describe(common.Data("pets", CLASSES, part, None), np.arange(4), args, "agreement", prior=prior)
+    assert "of 1000 pseudo-labels in alignment: dog 700, cow 200, cat 100" in capsys.readouterr().out
+    count(run, *[1] * 140, *[0] * 20, *[2] * 40)
+    run.evaluated(2, 9, 50.0)
+    out = capsys.readouterr().out
+    assert "class drift 0.00" in out and "warning" not in out
 
 
 @pytest.mark.parametrize("top, warned", [(90, True), (70, False)])

@@ -80,7 +80,7 @@ def test_distillation_loss_of_an_abstaining_teacher_is_zero_and_counts():
 
 
 def reference_step(
-    logits_lb, logits_w, logits_s, kd_lb, kd_w, y, zs_lb, zs_ulb, p_lb, p_ulb, decay, tau, ramp, agreement=False
+    logits_lb, logits_w, logits_s, kd_lb, kd_w, y, zs_lb, zs_ulb, p_lb, p_ulb, decay, tau, ramp, agreement=False, prior=None
 ):
     """One stage-2 step row by row in float64, written from the description of the published code."""
     soft = lambda row: np.exp(row - row.max()) / np.exp(row - row.max()).sum()  # noqa: E731
@@ -91,7 +91,7 @@ def reference_step(
     threshold = tau * np.mean([p.max() for p in probs_lb])
     unsup = 0.0
     for weak, strong, zs in zip(probs_w, logits_s, zs_ulb):
-        aligned = weak * (p_lb + 1e-6) / (p_ulb + 1e-6)
+        aligned = weak * ((p_lb if prior is None else prior) + 1e-6) / (p_ulb + 1e-6)
         aligned = aligned / aligned.sum()
         if aligned.max() >= threshold or (agreement and aligned.argmax() == zs):
             unsup += ce(strong, aligned.argmax()) / len(logits_s)
@@ -153,15 +153,17 @@ def test_agreement_with_a_teacher_that_repeats_the_student_keeps_all_and_with_a_
     assert torch.equal(zm.with_agreement(mask, label, torch.full((50,), -1), 1.0), mask)
 
 
-@pytest.mark.parametrize("agreement", [False, True])
-def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, agreement):
+@pytest.mark.parametrize("agreement, prior", [(False, None), (True, None), (False, np.arange(20, 30) / 245)])
+def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, agreement, prior):
     """The first step of stage 2, its losses recomputed row by row from the same weights, labels and views."""
     data = common.load_data("digits", "data")
     y_zs = np.random.RandomState(0).randint(0, 10, len(data.train))
     path = tmp_path / "labels.jsonl"
     pseudolabel.write_labels(path, pseudolabel.header_of(data, "train", "made up", "none"), np.eye(10)[y_zs])
+    shares = tmp_path / "shares.json"
+    shares.write_text(json.dumps({str(k): k + 20 for k in range(10)}))
     zm.main(zm.Args(
-        stages="2", num_steps=1, log_every=1, batch_size=8, uratio=4, anneal="none", lambda_p=0.5, lambda_u=1.0, tau=0.92,
+        prior="labeled" if prior is None else str(shares), stages="2", num_steps=1, log_every=1, batch_size=8, uratio=4, anneal="none", lambda_p=0.5, lambda_u=1.0, tau=0.92,
         agreement=agreement, pseudolabels=str(path), runs_dir=str(tmp_path), data_dir=str(tmp_path),
     ))  # fmt: skip
     (metrics,) = tmp_path.glob("zeromatch-*/metrics.jsonl")
@@ -180,7 +182,7 @@ def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, agreement)
     start = np.full(10, 0.1)
     *expected, _, _ = reference_step(
         logits[:8], logits[8:40], logits[40:], kd[:8], kd[8:40], data.train.y[lb], y_zs[lb], y_zs[ulb], start, None,
-        0.99, 0.92, 0.5, agreement,
+        0.99, 0.92, 0.5, agreement, prior,
     )  # fmt: skip
     names = ("train/loss_s", "train/loss_u", "train/loss_kd", "train/loss")
     assert [logged[name] for name in names] == pytest.approx(expected, rel=1e-4)
