@@ -348,8 +348,8 @@ def teachers(dataset: str, seed: int = 12345, data_dir: str = "data") -> None:
     """Label files from two more teachers of a data set, weak and strong; nobody's labels are flipped.
 
     rows: a logistic regression that sees only the mean of every row of a picture, so that what differs
-    from left to right is one to it (digits: of the ones 32 % of training, 9 % of test are right). svm: a support vector machine on
-    the pixels of more pictures than any student here has labels.
+    from left to right is one to it (digits: of the ones 32 % of training, 9 % of test are right). svm: a
+    support vector machine on the pixels of more pictures than any student here has labels.
 
     Args:
         dataset: digits or fashion_mnist.

@@ -171,9 +171,10 @@ def make_case(name: str, folder: str) -> SimpleNamespace:
         student.add_kd_head()
     labeled = torch.arange(2 * B)
     _, dtype = common.setup_device("cpu", "auto", backbone)
-    return SimpleNamespace(name=name, script=script, dtype=dtype, args=args, preset=preset, views=views, split=split, K=K,
-                           student=student, labeled=labeled, y_lb=views.y[labeled], y_zs=views.y, B=B, B_u=uratio * B,
-                           folder=folder)  # fmt: skip
+    return SimpleNamespace(
+        name=name, script=script, dtype=dtype, args=args, preset=preset, views=views, split=split, K=K, folder=folder,
+        student=student, labeled=labeled, y_lb=views.y[labeled], y_zs=views.y, B=B, B_u=uratio * B,
+    )  # fmt: skip
 
 
 def shipped_steps(case: SimpleNamespace, num_steps: int) -> None:

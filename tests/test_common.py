@@ -236,8 +236,8 @@ def test_a_file_of_shares_or_counts_is_scaled_and_read_in_the_order_of_the_class
 
 
 @pytest.mark.parametrize("content", [
-    None, "", "[1, 2]", "3", '{"cat": 1}', '{"cat": 1, "dog": 0}', '{"cat": 1, "dog": "many"}', '{"cat": 1, "dog": NaN}',
-    '{"cat": 1, "dog": 1, "cow": 1}', '{"cat": 1, "dog": null}', b"\xff\xfe",
+    None, "", "[1, 2]", "3", '{"cat": 1}', '{"cat": 1, "dog": 0}', '{"cat": 1, "dog": "many"}', b"\xff\xfe",
+    '{"cat": 1, "dog": NaN}', '{"cat": 1, "dog": 1, "cow": 1}', '{"cat": 1, "dog": null}',
 ])  # fmt: skip
 def test_a_file_that_does_not_say_every_share_is_refused(tmp_path, content):
     path = tmp_path / "shares.json"

@@ -226,8 +226,9 @@ def test_every_number_of_the_method_changes_the_outcome(tmp_path, labels):
     base = dict(num_steps=6, num_steps_stage1=2, eval_every=6)
     weights = {}
     for name, change in {
-        "none": {}, "tau": {"tau": 0.2}, "lambda_u": {"lambda_u": 0.3}, "lambda_p": {"lambda_p": 0.3}, "lr": {"lr": 0.01},
-        "anneal": {"anneal": "none"}, "marginal_decay": {"marginal_decay": 0.5, "tau": 0.9}, "uratio": {"uratio": 1},
+        "none": {}, "tau": {"tau": 0.2}, "lambda_u": {"lambda_u": 0.3}, "lambda_p": {"lambda_p": 0.3},
+        "lr": {"lr": 0.01}, "anneal": {"anneal": "none"}, "uratio": {"uratio": 1},
+        "marginal_decay": {"marginal_decay": 0.5, "tau": 0.9},
         "weight_decay": {"weight_decay": 0.5}, "warmup_steps": {"warmup_steps": 5}, "ema_decay": {"ema_decay": 0.5},
         "batch_size": {"batch_size": 8}, "agreement": {"agreement": True}, "prior": {"prior": "teacher"},
     }.items():  # fmt: skip

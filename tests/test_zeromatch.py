@@ -80,8 +80,9 @@ def test_distillation_loss_of_an_abstaining_teacher_is_zero_and_counts():
 
 
 def reference_step(
-    logits_lb, logits_w, logits_s, kd_lb, kd_w, y, zs_lb, zs_ulb, p_lb, p_ulb, decay, tau, ramp, agreement=False, prior=None
-):
+    logits_lb, logits_w, logits_s, kd_lb, kd_w, y, zs_lb, zs_ulb, p_lb, p_ulb, decay, tau, ramp, agreement=False,
+    prior=None,
+):  # fmt: skip
     """One stage-2 step row by row in float64, written from the description of the published code."""
     soft = lambda row: np.exp(row - row.max()) / np.exp(row - row.max()).sum()  # noqa: E731
     ce = lambda row, k: -np.log(soft(row)[k])  # noqa: E731
@@ -163,8 +164,9 @@ def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, agreement,
     shares = tmp_path / "shares.json"
     shares.write_text(json.dumps({str(k): k + 20 for k in range(10)}))
     zm.main(zm.Args(
-        prior="labeled" if prior is None else str(shares), stages="2", num_steps=1, log_every=1, batch_size=8, uratio=4, anneal="none", lambda_p=0.5, lambda_u=1.0, tau=0.92,
-        agreement=agreement, pseudolabels=str(path), runs_dir=str(tmp_path), data_dir=str(tmp_path),
+        stages="2", num_steps=1, log_every=1, batch_size=8, uratio=4, anneal="none", lambda_p=0.5, lambda_u=1.0,
+        tau=0.92, agreement=agreement, prior="labeled" if prior is None else str(shares),
+        pseudolabels=str(path), runs_dir=str(tmp_path), data_dir=str(tmp_path),
     ))  # fmt: skip
     (metrics,) = tmp_path.glob("zeromatch-*/metrics.jsonl")
     logged = json.loads(metrics.read_text().splitlines()[0])
