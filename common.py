@@ -331,6 +331,9 @@ def check_arguments(given: dict[str, Any]) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected a number {wanted}")
     if given["batch_size"] % PROCESSES:
         raise UserError(f"--batch-size {given['batch_size']}: expected a multiple of {PROCESSES}, the processes")
+    prior = given.get("prior", "labeled")
+    if prior not in ("labeled", "teacher") and not Path(prior).is_file():  # before a teacher is put to work
+        raise UserError(f"--prior {prior}: no such file; {PRIORS.format('cat')}")
 
 
 # ---------------------------------------------------------------------------- data
@@ -960,32 +963,36 @@ def draw_labeled(y: np.ndarray, num_labels: int, num_classes: int, seed: int) ->
     return np.concatenate(drawn)
 
 
+PRIORS = 'expected labeled, teacher, or a JSON file {{"{}": 0.25, ...}} with a share or count of every class'
+
+
 def class_shares(
     source: str, classes: list[str], y_zs: np.ndarray, y_lb: np.ndarray, device: torch.device
 ) -> Tensor | None:
-    """Shares of the classes, float32 [K], sum 1: by "teacher", or those of a JSON file, {class: share or count}.
+    """Shares of the classes that pseudo-labels are aligned to, float32 [K], sum 1; "labeled": None, p_lb is.
 
-    "labeled": None, as the network's own mean on labeled batches stands for them. "teacher": p_k = (share of the
-    teacher's answers y_zs [N] + share of the labels y_lb [num_labels]) / 2, as a teacher's mistakes bend its shares;
-    -1 in y_zs is no answer. Raises UserError for a file without a positive number for every class."""
+    "teacher": p_k = (share of class k in the teacher's answers y_zs [N] + its share in the labels y_lb) / 2, the
+    latter so that a class that the teacher takes for another is not lost; -1 in y_zs is no answer. Else the name
+    of a JSON file, {class: share or count}. Raises UserError for a file that has not a positive one of each class."""
     if source == "labeled":
         return None
     if source == "teacher":
         counts = [np.bincount(y[y >= 0], minlength=len(classes)) for y in (y_zs, y_lb)]
-        counts = sum(count / max(1, count.sum()) for count in counts)
-    else:
-        try:
-            given = json.loads(Path(source).read_text(encoding="utf-8"))
-            counts = np.array([float(given.pop(name)) for name in classes])
-            if given or not (np.isfinite(counts) & (counts > 0)).all():
-                raise ValueError
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            like = ", ".join(f"{json.dumps(name)}: 1" for name in classes[:3])
-            raise UserError(
-                f"--prior {source}: expected labeled, teacher, or a JSON file with a positive share or count of each "
-                f"class and of nothing else, as in {{{like}, ...}}"
-            ) from None
-    return torch.from_numpy(counts / counts.sum()).float().to(device)
+        shares = torch.from_numpy(sum(count / max(1, count.sum()) for count in counts)).float()
+        return (shares / shares.sum()).to(device)
+    try:
+        given = json.loads(Path(source).read_text(encoding="utf-8-sig"))
+        counts = torch.tensor([float(given.pop(name, 0)) for name in classes])
+        shares = counts / counts.sum()
+        missing = [name for name, fine in zip(classes, (counts > 0) & (shares > 0), strict=True) if not fine]
+        wrong = f"no positive number for {missing[0]!r}" if missing else f"unknown class {min(given)!r}" if given else ""
+    except OSError as error:
+        wrong = error.strerror
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        wrong = "not a JSON object of numbers"
+    if wrong:
+        raise UserError(f"--prior {source}: {wrong}; {PRIORS.format(classes[0])}")
+    return shares.to(device)
 
 
 # ---------------------------------------------------------------------------- views
@@ -1850,7 +1857,7 @@ def accuracy(probs: Tensor, y: Tensor) -> float:
 def pseudo_label_accuracy(pseudo_label: Tensor, mask: Tensor, y_true: Tensor) -> dict[str, Tensor]:
     """Monitoring: percent right of all pseudo-labels and of those that count, NaN where there is none.
 
-    [B_u] int64, [B_u] 0/1, [B_u] int64 (-1: truth unknown, left out); also of use with a teacher's labels."""
+    [B_u] int64, [B_u] in [0, 1], [B_u] int64 (-1: truth unknown, left out); also of use with a teacher's labels."""
     known = (y_true >= 0).float()
     right = 100 * (pseudo_label == y_true).float()
     return {
@@ -1952,8 +1959,8 @@ class Run:
             print(f"teacher right on labeled examples: {share_right(int((y_zs[labeled] == y_lb).sum()), labels)}")
         if prior is not None:
             self.p_expected = prior.cpu()
-            of_1000 = np.repeat(np.arange(len(prior)), (1000 * self.p_expected).round().int())
-            print(f"of 1000 pseudo-labels in alignment: {class_counts(of_1000, data.classes)}")
+            expected = np.repeat(np.arange(len(prior)), (n * self.p_expected).round().int())
+            print(f"expected of a class (--prior): {class_counts(expected, data.classes)}")
         plan = []
         if warm_up and stages != "2":
             plan.append(f"{warm_up} steps of stage 1: {warm_up * rows / n:.1f} passes over the pool")

@@ -124,7 +124,7 @@ class Args:
     lambda_u: float = 1.0
     """Weight of loss_u."""
     lambda_p: float = 1.0
-    """Weight of loss_kd; 0: stage 2 is AdaMatch (without --agreement)."""
+    """Weight of loss_kd; 0: stage 2 is AdaMatch (without --agreement and --prior)."""
     anneal: Literal["linear", "none"] = "linear"
     """alpha_t: linear from 0 to 1 over stage 2, or none: 1 throughout."""
     marginal_decay: float | None = None
@@ -133,7 +133,7 @@ class Args:
     """Beyond the paper: a pseudo-label that is also the teacher's counts by alpha_t below the threshold, too."""
     prior: str = "labeled"
     """Beyond the paper, for classes of unequal size: shares that pseudo-labels are aligned to. labeled: p_lb, as
-    published; teacher: the mean of the teacher's and the labels'; else a JSON file, {class: share or count}."""
+    published; teacher: half its answers', half the labels'; else a JSON file, {class: share or count}."""
 
 
 # ---------------------------------------------------------------------------- the method

@@ -115,7 +115,9 @@ def thinned(data: common.Data, ratio: float) -> common.Data:
 
 
 def accuracy_as_in(pool: common.Split, test: common.Split, student: Path, dataset: str) -> float:
-    """Test accuracy in percent if the test part had the pool's shares of the classes: their mean of the recalls."""
+    """sum_k (share of class k in the pool) * (percent of the test examples of class k that are right), in float32.
+
+    The test accuracy, if the test part had the pool's shares of the classes."""
     network, config = common.load_student(student)
     preset = common.preset_of(dataset, config["backbone"])
     views = common.make_views(test, preset, config["backbone"], torch.device("cpu"))
@@ -283,7 +285,7 @@ def compare(
         dataset: Data set of all rows.
         num_labels: Labeled examples in all.
         seeds: One run a row and seed.
-        rows: Names of the rows to run, of ROWS and EXTENSIONS.
+        rows: Names of the rows to run, of ROWS and EXTENSIONS (but for "prior FILE", see `imbalance`).
         num_steps: Updates of ZeroMatch's stage 2; stage 1 is scaled with it. Unset: the preset's.
         eval_every: Steps from one evaluation to the next; unset: scaled with num_steps.
         lr: Peak learning rate of all rows; unset: the preset's.
@@ -374,6 +376,15 @@ def teachers(dataset: str, seed: int = 12345, data_dir: str = "data") -> None:
             print(f"{path}: {100 * (said == data.part(split).y).mean():.2f} % right")
 
 
+def label_files(dataset: str, data_dir: str) -> None:
+    """The label files of a data set's three teachers."""
+    teachers(dataset, data_dir=data_dir)
+    if dataset == "digits":
+        pseudolabel.default_labels(common.load_data(dataset, data_dir), data_dir)  # glyphs
+    else:
+        pixel_teacher(data_dir=data_dir)
+
+
 def extensions(
     datasets: tuple[str, ...] = ("digits", "fashion_mnist"),
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
@@ -403,11 +414,7 @@ def extensions(
     ):
         if dataset not in datasets:
             continue
-        teachers(dataset, data_dir=data_dir)
-        if dataset == "digits":
-            pseudolabel.default_labels(common.load_data(dataset, data_dir), data_dir)
-        else:
-            pixel_teacher(data_dir=data_dir)
+        label_files(dataset, data_dir)
         shared = {"dataset": dataset, "data_dir": data_dir, "log_every": 20, "amp": amp, "eval_every": num_steps or 800}
         for num_labels in sizes:
             shared["num_labels"] = num_labels
@@ -448,13 +455,15 @@ def imbalance(
     runs_dir: str = "runs",
     jobs: int = 2,
 ) -> None:
-    """ZeroMatch with --prior against ZeroMatch as published, on pools of unequal classes and as many labels of each.
+    """ZeroMatch with --prior against ZeroMatch as published, where the pool's classes are of unequal size.
 
-    Prints two tables, a row a cell: accuracy on the test part as it is, whose classes are of one size, and as it
-    would be with the pool's shares of the classes. The label files are those of `extensions`.
+    The labels are equally many of every class, as ever. Prints two tables, a row a cell: accuracy on the test part
+    as it is, whose classes are of about one size (test_acc), and as it would be with the pool's shares of the classes
+    (pool_acc). "prior FILE" is told the pool's true shares, which nobody else here knows.
 
     Args:
-        ratio: Size of the largest class by that of the smallest; 1: the whole pool.
+        ratio: Size of the largest class by that of the smallest (a class keeps 12 examples or more, so of digits
+            20 becomes 10); 1: the whole pool.
         seeds: One run a row and seed.
         data_dir: Where data sets and label files are kept.
         runs_dir: Where the run folders and the JSON files of finished runs go.
@@ -462,6 +471,8 @@ def imbalance(
     """
     rows = (REFERENCE, PRIOR_TEACHER) if ratio == 1 else (REFERENCE, *list(EXTENSIONS)[1:])
     accs: dict[str, list[np.ndarray]] = {"test_acc": [], "pool_acc": []}
+    for dataset in ("digits", "fashion_mnist"):
+        label_files(dataset, data_dir)
     for dataset, num_labels, teacher in IMBALANCED:
         labels = f"{data_dir}/labels/{dataset}-{{}}-{teacher}.jsonl".format
         shared = {"dataset": dataset, "data_dir": data_dir, "log_every": 20, "num_labels": num_labels}
@@ -490,7 +501,7 @@ def thin_files(data: common.Data, ratio: float, labels: Callable[[str], str], sh
     thin, kept = thinned(data, ratio), kept_when_thinned(data.train.y, ratio)
     y_zs, _ = pseudolabel.read_labels(labels("train"), data, "train")
     path = labels(f"train-{ratio:g}")
-    header = pseudolabel.header_of(thin, "train", Path(labels("train")).stem, f"as there, of a pool {ratio:g} to 1")
+    header = pseudolabel.header_of(thin, "train", Path(labels("train")).stem, f"as there, thinned by {ratio:g}")
     pseudolabel.write_labels(Path(path), header, np.eye(len(data.classes))[y_zs[kept]])
     counts = np.bincount(thin.train.y).tolist()
     common.write_atomically(Path(shares), json.dumps(dict(zip(data.classes, counts, strict=True))).encode())

@@ -140,12 +140,16 @@ def test_a_thinned_pool_trains_with_its_own_label_file_and_shares_and_is_measure
     (folder,) = (tmp_path / "run").glob("*")
     assert json.loads((folder / "args.json").read_text())["prior"] == files["shares"]
     assert 0 < run["test_acc"] < 100 and 0 < run["pool_acc"] < 100
-    # where all of the pool is of one class its recall alone counts
-    ones = b.common.Split(data.test.x[:3], np.array([1, 1, 1]))
+    # in a pool of three examples of one class and one of another, recall of the one counts three times as much
     student, _ = b.common.load_student(folder / "student")
     views = b.common.make_views(data.test, b.common.preset_of("digits"), "cnn", b.torch.device("cpu"))
-    said = b.common.predict(student, views).argmax(dim=1).numpy()[data.test.y == 1]
-    assert b.accuracy_as_in(ones, data.test, folder / "student", "digits") == pytest.approx(100 * (said == 1).mean())
+    said = b.common.predict(student, views).argmax(dim=1).numpy()
+    recalls = np.array([(said == k)[data.test.y == k].mean() for k in range(10)])
+    high, low = recalls.argmax(), recalls.argmin()
+    assert recalls[high] > recalls[low] + 0.05  # else the weights would not show
+    pool = b.common.Split(data.test.x[:4], np.array([high, high, high, low]))
+    expected = 100 * (0.75 * recalls[high] + 0.25 * recalls[low])
+    assert b.accuracy_as_in(pool, data.test, folder / "student", "digits") == pytest.approx(expected)
 
 
 def test_confusion_by_the_student_resembles_the_true_one_once_it_has_learned(tmp_path):

@@ -235,13 +235,22 @@ def test_a_file_of_shares_or_counts_is_scaled_and_read_in_the_order_of_the_class
     assert shares.tolist() == pytest.approx([0.75, 0.25])
 
 
-@pytest.mark.parametrize("content", [
-    None, "", "[1, 2]", "3", '{"cat": 1}', '{"cat": 1, "dog": 0}', '{"cat": 1, "dog": "many"}', b"\xff\xfe",
-    '{"cat": 1, "dog": NaN}', '{"cat": 1, "dog": 1, "cow": 1}', '{"cat": 1, "dog": null}',
+TOO_BIG = "1" + 400 * "0"
+
+
+@pytest.mark.parametrize("content, wrong", [
+    (None, "No such file"), ("", "not a JSON object"), ("[1, 2]", "not a JSON object"), ("3", "not a JSON object"),
+    ('{"cat": 1}', "no positive number for 'dog'"), ('{"cat": 1, "dog": 0}', "no positive number for 'dog'"),
+    ('{"cat": -1, "dog": -1}', "no positive number for 'cat'"), ('{"cat": 1, "dog": NaN}', "no positive number for"),
+    ('{"cat": 1, "dog": "many"}', "not a JSON object of numbers"), (b"\xff\xfe", "not a JSON object"),
+    ('{"cat": 1, "dog": 1, "cow": 1}', "unknown class 'cow'"), ('{"cat": 1, "dog": null}', "not a JSON object"),
+    ('{"cat": 1e308, "dog": 1e308}', "no positive number for"), (f'{{"cat": 1, "dog": {TOO_BIG}}}', "not a JSON"),
+    ('{"cat": 1, "dog": 1e-60}', "no positive number for 'dog'"), (9999 * "[", "not a JSON object"),
 ])  # fmt: skip
-def test_a_file_that_does_not_say_every_share_is_refused(tmp_path, content):
+def test_a_file_that_does_not_say_every_share_is_refused_with_the_reason(tmp_path, content, wrong):
     path = tmp_path / "shares.json"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(common.UserError, match=r'expected labeled, teacher, or a JSON file .* \{"cat": 1, "dog": 1'):
+    expected = f'{wrong}.*; expected labeled, teacher, or a JSON file {{"cat": 0.25, ...}}'
+    with pytest.raises(common.UserError, match=expected.replace("{", r"\{")):
         common.class_shares(str(path), ["cat", "dog"], np.array([0]), np.array([0]), CPU)

@@ -23,7 +23,7 @@ SHORT = "--num-steps 6 --log-every 1 --eval-every 3 --lr 0.01 --device cpu".spli
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 VIT = "--backbone VIT --weights none --optimizer adamw --lr 1e-4 --amp off".split()
 CASES = {  # the small CNN couples the rows by batch statistics, a ViT (VIT: a tiny one without dropout) does not
-    "zeromatch": ["zeromatch.py", "--num-steps-stage1", "3", "--agreement"],
+    "zeromatch": ["zeromatch.py", "--num-steps-stage1", "3", "--agreement", "--prior", "teacher"],
     "adamatch": ["adamatch.py"],
     "adamatch original": ["adamatch.py", "--variant", "original"],
     "kd_fixmatch": ["kd_fixmatch.py", "--tau", "0.3", "--tau-select", "0.15", "--log-every", "2"],

@@ -95,7 +95,7 @@ def test_with_a_prior_pseudo_labels_are_compared_with_it(tmp_path, capsys):
     part = common.Split(np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 0, 1, 2]))
     args, prior = {"num_steps": 1000, "batch_size": 2, "uratio": 3}, torch.tensor([0.1, 0.7, 0.2])
     run.describe(common.Data("pets", CLASSES, part, None), np.arange(4), args, "agreement", prior=prior)
-    assert "of 1000 pseudo-labels in alignment: dog 700, cow 200, cat 100" in capsys.readouterr().out
+    assert "expected of a class (--prior): dog 3, cow 1, cat 0" in capsys.readouterr().out
     count(run, *[1] * 140, *[0] * 20, *[2] * 40)
     run.evaluated(2, 9, 50.0)
     out = capsys.readouterr().out

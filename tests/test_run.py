@@ -184,24 +184,25 @@ def test_agreement_lets_more_examples_count(straight, tmp_path, labels):
     assert len(more) == len(plain) and sum(more) > sum(plain)
 
 
-def test_shuffling_the_hidden_labels_changes_no_weight(straight, tmp_path, labels, monkeypatch):
+@pytest.mark.parametrize("prior", ["labeled", "teacher"])
+def test_other_hidden_labels_change_no_weight(tmp_path, labels, monkeypatch, prior):
     real = common.load_data
 
-    def shuffled(*args):
+    def halved(*args):
         data = real(*args)
         drawn = common.draw_labeled(data.train.y, 10, 10, seed=0)
-        hidden = np.setdiff1d(np.arange(len(data.train)), drawn)
-        data.train.y[hidden] = np.random.RandomState(1).permutation(data.train.y[hidden])
+        data.train.y[np.setdiff1d(np.arange(len(data.train)), drawn)] //= 2  # also other sizes of the classes
         return data
 
-    monkeypatch.setattr(zeromatch, "load_data", shuffled)
+    zeromatch.main(run_args(tmp_path / "as it is", labels, prior=prior))
+    monkeypatch.setattr(zeromatch, "load_data", halved)
     monkeypatch.setattr(
         zeromatch,
         "draw_labeled",
         lambda y, n, k, seed: common.draw_labeled(real("digits", "").train.y, n, k, seed),
     )
-    zeromatch.main(run_args(tmp_path, labels))
-    a, b = final_weights(straight[0])[0], final_weights(only_run(tmp_path))[0]
+    zeromatch.main(run_args(tmp_path / "halved", labels, prior=prior))
+    a, b = (final_weights(only_run(tmp_path / name))[0] for name in ("as it is", "halved"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 

@@ -154,9 +154,12 @@ def test_agreement_with_a_teacher_that_repeats_the_student_keeps_all_and_with_a_
     assert torch.equal(zm.with_agreement(mask, label, torch.full((50,), -1), 1.0), mask)
 
 
-@pytest.mark.parametrize("agreement, prior", [(False, None), (True, None), (False, np.arange(20, 30) / 245)])
-def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, agreement, prior):
+@pytest.mark.parametrize("anneal, agreement, prior", [
+    ("none", False, None), ("none", True, None), ("linear", True, None), ("none", False, np.arange(20, 30) / 245),
+])  # fmt: skip
+def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, anneal, agreement, prior):
     """The first step of stage 2, its losses recomputed row by row from the same weights, labels and views."""
+    alpha_t = 1.0 if anneal == "none" else 0.0  # at the first step; then agreement counts nothing
     data = common.load_data("digits", "data")
     y_zs = np.random.RandomState(0).randint(0, 10, len(data.train))
     path = tmp_path / "labels.jsonl"
@@ -164,7 +167,7 @@ def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, agreement,
     shares = tmp_path / "shares.json"
     shares.write_text(json.dumps({str(k): k + 20 for k in range(10)}))
     zm.main(zm.Args(
-        stages="2", num_steps=1, log_every=1, batch_size=8, uratio=4, anneal="none", lambda_p=0.5, lambda_u=1.0,
+        stages="2", num_steps=1, log_every=1, batch_size=8, uratio=4, anneal=anneal, lambda_p=0.5, lambda_u=1.0,
         tau=0.92, agreement=agreement, prior="labeled" if prior is None else str(shares),
         pseudolabels=str(path), runs_dir=str(tmp_path), data_dir=str(tmp_path),
     ))  # fmt: skip
@@ -184,7 +187,7 @@ def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, agreement,
     start = np.full(10, 0.1)
     *expected, _, _ = reference_step(
         logits[:8], logits[8:40], logits[40:], kd[:8], kd[8:40], data.train.y[lb], y_zs[lb], y_zs[ulb], start, None,
-        0.99, 0.92, 0.5, agreement, prior,
+        0.99, 0.92, 0.5 * alpha_t, agreement and alpha_t, prior,
     )  # fmt: skip
     names = ("train/loss_s", "train/loss_u", "train/loss_kd", "train/loss")
     assert [logged[name] for name in names] == pytest.approx(expected, rel=1e-4)
