@@ -164,6 +164,8 @@ def make_case(name: str, folder: str) -> SimpleNamespace:
     preset = common.preset_of(dataset, backbone)
     args = script.Args(dataset=dataset, backbone=backbone, batch_size=B, uratio=uratio, runs_dir=folder, device="cpu")
     args = zeromatch.replace(args, **common.fill_from_preset(vars(args), preset))
+    if script is adamatch:
+        args.tau = 0.95  # of its variant, which `main` sets
     views = common.make_views(split, preset, backbone, CPU)
     torch.manual_seed(0)
     student = common.build_student(backbone, len(preset.mean), preset.size, K)

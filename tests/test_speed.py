@@ -43,6 +43,14 @@ def test_every_kind_of_step_trains_the_student(kind, tmp_path):
     assert len(seconds) == 2 and np.median(seconds) > 0
 
 
+@pytest.mark.parametrize("name", ["vit, AdaMatch", "wrn"])
+def test_every_script_takes_a_timed_step(name, tmp_path):
+    case = speed.make_case(name, str(tmp_path))
+    before = [p.clone() for p in case.student.parameters()]
+    speed.shipped_steps(case, 2)  # at the first one the learning rate may be 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, case.student.parameters(), strict=True))
+
+
 def test_floating_point_operations_are_those_of_a_matrix_product():
     a = torch.rand(30, 40)
     assert speed.flops_of(lambda: a @ a.T) == 2 * 30 * 40 * 30 and speed.peak_flops(torch.bfloat16, 64) > 0
