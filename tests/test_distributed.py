@@ -84,7 +84,7 @@ def test_two_processes_train_as_one(case, tmp_path, labels):
     for _ in range(2):
         shutil.rmtree(tmp_path / "2", ignore_errors=True)
         done = subprocess.run(shared, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
-        # of a hundred runs one or two end so, from a thread that is not Python's; the cause was not found
+        # about one run in a hundred ended so, from a thread that is not Python's; the cause was not found
         if "terminate called without an active exception" not in done.stderr:
             break
     assert done.returncode == 0, done.stderr[-2000:]
