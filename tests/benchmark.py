@@ -232,7 +232,8 @@ def finished_runs(
 ) -> list[dict[str, Any]]:
     """The runs of all rows and seeds: those that stand in the JSON file `path`, and the others, made now and added.
 
-    A run in the file counts if it was made with the same settings and numbers of steps."""
+    A run in the file counts if it was made with the same settings and numbers of steps. Label files are compared by
+    name only: where one was made anew with other content, remove `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text()) if path.exists() else []
     preset = common.preset_of(shared["dataset"])
