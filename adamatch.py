@@ -1,44 +1,61 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "transformers>=5.9", "numpy>=1.26",
+#   "scikit-learn>=1.5", "tyro>=0.9", "pytest>=8"]
+# ///
 """AdaMatch: semi-supervised learning with a relative threshold and distribution alignment.
 
 Paper: "AdaMatch: A Unified Approach to Semi-Supervised Learning and Domain Adaptation", ICLR 2022,
-arXiv:2106.04732. Code of the authors: google-research/adamatch @7a0b40c ("GAM"). Equations are named,
-not numbered: the paper's numbering was not at hand.
+arXiv:2106.04732. Code of the authors: google-research/adamatch @7a0b40c ("GAM").
 
-A label that the network itself gives to the WEAK view of an unlabeled image trains it on the STRONG
-view. Which labels count adapts: the weak view's class probabilities are first aligned to the class
-marginals of the labeled data, then kept where their maximum reaches c_tau, a share tau of the mean
-confidence on the labeled batch.
+The label that the network itself gives to the WEAK view of an unlabeled image trains it on the
+STRONG view. Which labels are kept adapts: the weak view's class probabilities are first aligned to
+the class marginals of the labeled data, then kept if their maximum reaches c_tau, a share tau of
+the mean confidence on the labeled batch.
 
     loss = loss_s + mu_t * lambda_u * loss_u
 
     loss_s   cross-entropy on labeled views with their true labels
     loss_u   cross-entropy on unlabeled strong views with the weak view's hard label, 0 below c_tau
              (mean over all unlabeled examples); no gradient through the weak view
+
 The averaged weights are evaluated; the reported accuracy is that of the last evaluation.
 
     variant              zeromatch (default)              original (GAM)
     labeled views        weak                             weak and strong, loss_s is their mean
     logit interpolation  none                             labeled batch alone and jointly, below
     p_ulb                running average, marginal_decay  mean of the last 128 batches' means
-    mu_t                 1                                half a cosine from 0 to 1 over the first half
+    mu_t                 1                                half cosine, 0 to 1 over the first half
     --tau                0.95                             0.9
-The default is stage 2 of zeromatch.py without the teacher, hyper-parameter by hyper-parameter, so that
-the two can be compared; optimizer and schedule are the preset's in both variants.
 
-Random logit interpolation: the labeled batch is passed alone and together with the unlabeled one. Only
-batch statistics make the two differ, so networks without them (ViT, BERT) skip it: there it has no effect.
+The default is stage 2 of zeromatch.py without the teacher, number by number, so that the two can be
+compared; optimizer and schedule are the preset's in both variants. Random logit interpolation
+passes the labeled batch alone and together with the unlabeled one. Only batch statistics make the
+two differ, so networks without them (ViT, BERT) skip it.
 
     python adamatch.py                              handwritten digits, 10 labels
     python adamatch.py --variant original
     python adamatch.py --supervised-only            baseline: labeled data alone
-    python adamatch.py --feature-input              baseline: the teacher's label is an input of the head
+    python adamatch.py --feature-input              baseline: the teacher's label as head input
+    python adamatch.py --dataset cifar100 --num-labels 100    on a GPU
 
-Departures from the original code
-  A1  Strong views are those of common.py (RandAugment, Cutout) in both variants; GAM's are CTAugment.
-  A2  Optimizer, schedule and batch of the preset, with a 7/16 cosine; GAM: SGD without Nesterov, lr 0.03, cosine
-      to a quarter, L2 0.001 on kernels, 64 labeled and 192 unlabeled images, 131,072 steps.
-  A3  Reported is the last evaluation and the median of the last 20.
-  Departures in the data path are numbered in common.py.
+    recipe       digits (default)                 cifar100 (ViT-S/2, pre-trained)
+    B, B_u       16, 64                           16, 16
+    steps        800                              204,800
+    lr           SGD, 40 warm-up steps from 0;    AdamW, 5,120; heads 5e-4 -> 1e-4, half as much
+                 0.1 -> 0.0195 (7/16 cosine)      from each layer to the one below it
+    averages     weights 0.99, marginals 0.99     weights not, marginals 0.999
+    weak view    8 x 8 crop, 1 pixel reflected    32 x 32 crop, 4 pixels; half mirrored
+    strong view  the weak one, 3 operations of RandAugment, Cutout up to half the side (both)
+    evaluation   every 40 steps, 500 images       every 2,048 steps, 10,000 images
+    cost         COSTA                            not measured
+
+Departures from the original code (those in the data path are numbered in common.py)
+  A1  Strong views are RandAugment and Cutout in both variants; GAM's are CTAugment.
+  A2  Optimizer, schedule and batch of the preset, with a 7/16 cosine. GAM: SGD without Nesterov, lr
+      0.03, cosine to a quarter, L2 0.001 on kernels, 64 labeled and 192 unlabeled images, 131,072
+      steps.
+  A3  We report the last evaluation and the median of the last 20.
 """
 
 from __future__ import annotations
@@ -52,12 +69,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    MEASURED, PROCESSES, Averaged, Run, TextViews, UserError, Views, accuracy, batch_at, build_optimizer, build_student,
-    check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views,
-    mean_over_processes, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step,
-    setup_device, student_config, uniform,
+    Run, UserError, Views, average_of, batch_at, build_student, cli, data_parallel, draw_labeled,
+    join, load_data, make_views, mean_over_processes, measured_part, optimizer_of, preset_of,
+    pseudo_label_accuracy, resolve, seed_step, setup_device, uniform,
 )  # fmt: skip
-from pseudolabel import default_labels, read_labels
 
 # ---------------------------------------------------------------------------- arguments
 
@@ -66,43 +81,43 @@ from pseudolabel import default_labels, read_labels
 class Args:
     # run
     dataset: str = "digits"
-    """A name of common.PRESETS, a folder of pictures or a .csv or .jsonl file of texts (README: Your own data)."""
+    """A name in common.PRESETS, a folder of pictures, a .csv or .jsonl file of texts (README)."""
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int = 10
-    """Labeled examples in all, the same number of every class; 0: all whose label is known (own data)."""
+    """Labeled examples in all, equally many of each class; 0: all with a known label (own data)."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     pseudolabels: str | None = None
-    """Teacher's labels of the training part, read only with --feature-input; unset: found or made."""
+    """Teacher's labels of the training part, for --feature-input; unset: found or made."""
     pseudolabels_test: str | None = None
-    """Teacher's labels of the test part, which --feature-input needs too."""
+    """Teacher's labels of the test part, for --feature-input."""
     data_dir: str = "data"
     """Where data sets and label files are kept."""
     runs_dir: str = "runs"
     """Where a folder for this run is made."""
     resume: str | None = None
-    """Folder of a run to go on with; its arguments are kept."""
+    """Folder of a run to continue, with its arguments."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: the best there is."""
+    """auto: the accelerator, if there is one."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of the forward pass; losses are always float32. auto: bf16 where it is native and faster."""
+    """Precision of forward passes; losses are float32. auto: bf16 where it is native and faster."""
     compile: bool = False
-    """Compile the student with torch.compile: slow first step, then faster, mostly on GPUs."""
+    """torch.compile the student: a slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
     """Steps from one printed line to the next."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard into the run folder; needs the package tensorboard."""
     eval_every: int | None = None
-    """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
+    """Steps from one evaluation and checkpoint to the next. Unset here and below: the preset's."""
     # model
     backbone: str | None = None
-    """cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of transformers"""
+    """cnn, wrn_28_2, efficientnet_b0, vit_small_patch2_32, vit_small_patch16_224, or a hub id."""
     weights: str | None = None
-    """Pre-trained weights of the encoder: a file (texts: a folder), or none; unset: the published ones, if any."""
+    """Pre-trained weights of the encoder: a file, a folder, or none; unset: the published ones."""
     # optimization
     num_steps: int | None = None
-    """Updates of the network. Alone, it also scales the warm-up and --eval-every."""
+    """Updates of the network. Set alone, it also scales the warm-up and --eval-every."""
     batch_size: int | None = None
     """B: labeled examples a step."""
     uratio: int | None = None
@@ -110,7 +125,7 @@ class Args:
     optimizer: Literal["adamw", "sgd"] | None = None
     """sgd has Nesterov momentum 0.9."""
     lr: float | None = None
-    """Peak learning rate, of the heads where --layer-decay is below 1."""
+    """Peak learning rate; with --layer-decay below 1, of the heads."""
     weight_decay: float | None = None
     """Weight decay of matrices and kernels; biases and norms have none."""
     layer_decay: float | None = None
@@ -118,7 +133,7 @@ class Args:
     warmup_steps: int | None = None
     """Steps of linear learning-rate warm-up."""
     ema_decay: float | None = None
-    """Decay in [0, 1) of the averaged weights that are evaluated; 0: the trained weights are."""
+    """Decay in [0, 1) of the averaged weights, which are evaluated; 0: no averaging."""
     # method
     variant: Literal["zeromatch", "original"] = "zeromatch"
     """zeromatch: as in stage 2 of ZeroMatch. original: as in the paper's own code."""
@@ -127,7 +142,7 @@ class Args:
     feature_input: bool = False
     """Baseline: the head also sees the teacher's one-hot label, in training and at test time."""
     tau: float | None = None
-    """Relative threshold in [0, 1]: multiplies the mean confidence on the labeled batch. Unset: the variant's."""
+    """Relative threshold in [0, 1]: multiplies the mean labeled confidence; unset: by variant."""
     lambda_u: float = 1.0
     """Weight of loss_u."""
     marginal_decay: float | None = None
@@ -136,11 +151,11 @@ class Args:
 
 # ---------------------------------------------------------------------------- the method
 # Sizes: B labeled, B_u unlabeled examples a step, K classes. Functions that zeromatch.py or
-# kd_fixmatch.py need too stand there word for word.
+# kd_fixmatch.py also need are repeated there, word for word.
 
 
 def lr_at(step: int, num_steps: int, warmup_steps: int) -> float:
-    """t / warmup up to the warm-up's end, then cos(7/16 pi * (t - warmup) / (T - warmup)): ends at 0.195.
+    """t / warmup in the warm-up, then cos(7/16 pi * (t - warmup) / (T - warmup)): ends at 0.195.
 
     Factor of the peak learning rate at step t of T. Source: ZM semilearn/core/utils/build.py."""
     if step < warmup_steps:
@@ -156,14 +171,15 @@ def mu_at(step: int, num_steps: int) -> float:
 
 
 def interpolate_logits(logits_joint: Tensor, logits_alone: Tensor, lam: Tensor) -> Tensor:
-    """Random logit interpolation: logits_joint + lam * (logits_alone - logits_joint), one lam per logit.
+    """Random logit interpolation: logits_joint + lam * (logits_alone - logits_joint).
 
-    [n, K] each, lam in [0, 1); the gradient flows through both passes. GAM semi_supervised/adamatch.py."""
+    [n, K] each: one lam in [0, 1) per logit; the gradient flows through both passes. Source: GAM
+    semi_supervised/adamatch.py."""
     return logits_joint + lam * (logits_alone - logits_joint)
 
 
 def update_window(window: Tensor, probs: Tensor, step: int) -> Tensor:
-    """The last 128 batch means with this one in the oldest's place; p_ulb = their mean (original variant).
+    """The last 128 batch means, this one in the oldest's place; p_ulb is their mean (original).
 
     [128, K], [n, K] -> [128, K]. Source: GAM semi_supervised/adamatch.py."""
     window = window.clone()
@@ -188,7 +204,7 @@ def align(probs: Tensor, p_lb: Tensor, p_ulb: Tensor) -> Tensor:
 
 
 def relative_threshold(probs_lb: Tensor, tau: float) -> Tensor:
-    """c_tau = tau * mean_i max_k probs_lb_ik, of the labeled batch before alignment. [B, K] -> scalar."""
+    """c_tau = tau * mean_i max_k probs_lb_ik, not aligned. [B, K] -> scalar."""
     return tau * probs_lb.max(dim=1).values.mean()
 
 
@@ -201,7 +217,7 @@ def hard_labels(probs: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tenso
 
 
 def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -> Tensor:
-    """loss_u = 1 / B_u * sum_i mask_i * CE(logits_ulb_s_i, pseudo_label_i); masked rows count in B_u.
+    """loss_u = 1 / B_u * sum_i mask_i * CE(logits_ulb_s_i, pseudo_label_i), B_u with masked rows.
 
     [B_u, K], [B_u] int64, [B_u] -> scalar."""
     return (F.cross_entropy(logits_ulb_s, pseudo_label, reduction="none") * mask).mean()
@@ -210,57 +226,50 @@ def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -
 # ---------------------------------------------------------------------------- training
 
 
-def forward(student: nn.Module, x: Tensor, onehot_zs: Tensor | None, idx: Tensor, run: Run) -> Tensor:
-    """Logits [n, K] in float32 (thresholds and losses need it); onehot_zs [N, K]: extra inputs of the head."""
+def forward(net: nn.Module, x: Tensor, onehot_zs: Tensor | None, idx: Tensor, run: Run) -> Tensor:
+    """Logits [n, K] in float32: a bfloat16 0.949 would pass a threshold of 0.95.
+
+    onehot_zs [N, K]: extra inputs of the head for the examples idx."""
     with run.autocast():
-        logits, _, _ = student(x, None if onehot_zs is None else onehot_zs[idx])
+        logits, _, _ = net(x, None if onehot_zs is None else onehot_zs[idx])
     return logits.float()
 
 
-def forward_and_forget(student: nn.Module, x: Tensor, onehot_zs: Tensor | None, idx: Tensor, run: Run) -> Tensor:
-    """`forward` that leaves the running batch statistics as they were."""
-    kept = [buffer.clone() for buffer in student.buffers()]
-    logits = forward(student, x, onehot_zs, idx, run)
-    for buffer, value in zip(student.buffers(), kept, strict=True):
-        buffer.data.copy_(value)  # .data: the backward pass uses the batch's own statistics
-    return logits
-
-
 def train_adamatch(
-    student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views | TextViews, test: Views | TextViews,
+    student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views, test: Views,
     args: Args, run: Run, onehot_zs: Tensor | None = None, onehot_zs_test: Tensor | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train as `args` say and return the network to evaluate.
 
-    labeled_idx [num_labels] are positions in `train`, y_lb_all their labels. The unlabeled pool is all
-    of `train`, labeled examples included. train.y beyond the labeled ones is read in the line that
-    logs the pseudo-labels' accuracy, and nowhere else. onehot_zs [N, K], onehot_zs_test: only --feature-input."""
-    optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
-    ema, scaler = Averaged(student, args.ema_decay), run.scaler()
+    labeled_idx [num_labels]: positions in `train`; y_lb_all: their labels. The unlabeled pool is
+    all of `train`, labeled examples included; its true labels reach only run.log. onehot_zs [N, K]
+    and onehot_zs_test: for --feature-input."""
+    optimizer = optimizer_of(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
+    ema, scaler = average_of(student, args.ema_decay), run.scaler()
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, state = run.restore(1, parts)
-    net, num_classes = data_parallel(student), student.num_classes
+    net, K = data_parallel(student), student.num_classes
     original = args.variant == "original" and not args.supervised_only
-    p_lb = state.get("p_lb", torch.full((num_classes,), 1 / num_classes, device=run.device))  # starts uniform
+    coupled = student.encoder.batch_statistics  # rows of a batch influence one another
+    p_lb = state.get("p_lb", torch.full((K,), 1 / K, device=run.device))  # starts uniform
     p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
-    window = state.get("window", torch.full((128, num_classes), 1 / num_classes, device=run.device))
-    coupled = student.encoder.batch_statistics
-    B = args.batch_size // PROCESSES  # here and below: the rows of this process
-    B_u = args.uratio * B
+    window = state.get("window", torch.full((128, K), 1 / K, device=run.device))
 
     for step in range(first_step, args.num_steps):
-        seed_step(args.seed, "adamatch", step)
+        seed_step(args.seed, "adamatch", step)  # so that a resumed run repeats the same step
         lr = args.lr * lr_at(step, args.num_steps, args.warmup_steps)
         mu_t = mu_at(step, args.num_steps) if original else 1.0
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        at_lb = batch_at(len(labeled_idx), B, args.seed, step)
+        at_lb = batch_at(len(labeled_idx), args.batch_size, args.seed, step)
         idx_lb, y_lb = labeled_idx[at_lb], y_lb_all[at_lb]
-        idx_ulb = batch_at(len(train), B_u, args.seed, step)
+        idx_ulb = batch_at(len(train), args.uratio * args.batch_size, args.seed, step)
+        B, B_u = len(idx_lb), len(idx_ulb)  # under torchrun, this process's share
         x_lb = train.weak(idx_lb)
         if original:  # labeled weak and strong views: loss_s is the mean over both
-            x_lb, idx_lb, y_lb = join([x_lb, train.strong(idx_lb)]), idx_lb.repeat(2), y_lb.repeat(2)
+            x_lb = join([x_lb, train.strong(idx_lb)])
+            idx_lb, y_lb = idx_lb.repeat(2), y_lb.repeat(2)
 
         student.train()
         if args.supervised_only:
@@ -268,27 +277,36 @@ def train_adamatch(
             values = {"loss": loss, "loss_s": loss_s}
         else:
             x_ulb_w, x_ulb_s = train.weak(idx_ulb), train.strong(idx_ulb)
-            if coupled:  # one pass: batch statistics are those of the joint batch
+            if coupled:  # one pass, so that batch statistics are those of the joint batch
                 x, idx = join([x_lb, x_ulb_w, x_ulb_s]), torch.cat([idx_lb, idx_ulb, idx_ulb])
                 logits = forward(net, x, onehot_zs, idx, run)
                 logits_lb, logits_ulb_w, logits_ulb_s = logits.split([len(x_lb), B_u, B_u])
-            else:  # no row depends on another and nothing learns from the weak view: no gradient there
+            else:  # nothing learns from the weak view, so its gradient would be wasted work
                 with torch.no_grad():
                     logits_ulb_w = forward(net, x_ulb_w, onehot_zs, idx_ulb, run)
                 x, idx = join([x_lb, x_ulb_s]), torch.cat([idx_lb, idx_ulb])
-                logits_lb, logits_ulb_s = forward(net, x, onehot_zs, idx, run).split([len(x_lb), B_u])
+                logits = forward(net, x, onehot_zs, idx, run)
+                logits_lb, logits_ulb_s = logits.split([len(x_lb), B_u])
             if original and coupled:
-                logits_alone = forward_and_forget(net, x_lb, onehot_zs, idx_lb, run)
-                lam = torch.cat([uniform(B, num_classes), uniform(B, num_classes)]).to(run.device)
+                kept = [buffer.clone() for buffer in student.buffers()]
+                logits_alone = forward(net, x_lb, onehot_zs, idx_lb, run)
+                for buffer, value in zip(student.buffers(), kept, strict=True):
+                    buffer.data.copy_(value)  # the extra pass must not move running statistics
+                lam = torch.cat([uniform(B, K), uniform(B, K)]).to(run.device)
                 logits_lb = interpolate_logits(logits_lb, logits_alone, lam)
 
-            probs_lb, probs_ulb_w = logits_lb[:B].detach().softmax(dim=1), logits_ulb_w.detach().softmax(dim=1)
-            p_lb = mean_over_processes(update_marginal(p_lb, probs_lb, args.marginal_decay))  # both before use
+            # Targets carry no gradient: loss_u must not be lowered by changing the labels.
+            probs_lb = logits_lb[:B].detach().softmax(dim=1)
+            probs_ulb_w = logits_ulb_w.detach().softmax(dim=1)
+            # Both marginals include this batch before they are used, as in the authors' code.
+            p_lb = mean_over_processes(update_marginal(p_lb, probs_lb, args.marginal_decay))
             if original:
                 window = mean_over_processes(update_window(window, probs_ulb_w, step))
                 p_ulb = window.mean(dim=0)
             else:
-                p_ulb = mean_over_processes(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
+                p_ulb = update_marginal(p_ulb, probs_ulb_w, args.marginal_decay)
+                p_ulb = mean_over_processes(p_ulb)
+            # The threshold follows the confidence on labeled data: early steps keep labels, too.
             c_tau = mean_over_processes(relative_threshold(probs_lb, args.tau))
             pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb, p_ulb), c_tau)
 
@@ -296,8 +314,9 @@ def train_adamatch(
             loss_u = loss_consistency(logits_ulb_s, pseudo_label, mask)
             loss = loss_s + mu_t * args.lambda_u * loss_u
             values = {
-                "loss": loss, "loss_s": loss_s, "u_weight": mu_t * args.lambda_u, "loss_u": loss_u, "mu_t": mu_t,
-                "mask_rate": mask.mean(), "c_tau": c_tau, **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
+                "loss": loss, "loss_s": loss_s, "u_weight": mu_t * args.lambda_u, "loss_u": loss_u,
+                "mu_t": mu_t, "mask_rate": mask.mean(), "c_tau": c_tau,
+                **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
                 "pseudo_label": pseudo_label, "mask": mask,
             }  # fmt: skip
 
@@ -305,15 +324,13 @@ def train_adamatch(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        ema.update()
+        ema.update_parameters(student)
 
         line = "loss {loss:.3f} = s" if args.supervised_only else LINE
-        run.log(1, step, args.num_steps, args.log_every, line, **values, lr=lr)
-        evaluate = (step + 1) % args.eval_every == 0 or step + 1 == args.num_steps
-        if evaluate:
-            run.evaluated(1, step, accuracy(predict(ema.module, test, run.autocast, onehot_zs_test), test.y))
-        if evaluate or run.save_due():
-            run.save(1, step, parts, p_lb=p_lb, p_ulb=p_ulb, window=window)
+        run.log(1, step, args.num_steps, line, **values, lr=lr)
+        # Evaluates every --eval-every steps and at the end; saves then and every ten minutes.
+        run.evaluate(1, step, args.num_steps, ema.module, test, onehot_zs_test)
+        run.save(1, step, args.num_steps, parts, p_lb=p_lb, p_ulb=p_ulb, window=window)
     return ema.module
 
 
@@ -328,47 +345,43 @@ LINE = (
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
     preset = preset_of(args.dataset, args.backbone)
-    tau = (0.9 if args.variant == "original" else 0.95) if args.tau is None else args.tau
-    args = replace(args, tau=tau, **fill_from_preset(vars(args), preset))
-    check_arguments(vars(args))
-    device, dtype = setup_device(args.device, args.amp, args.backbone)
+    tau = 0.9 if args.variant == "original" else 0.95
+    args = Args(**resolve(vars(replace(args, tau=tau if args.tau is None else args.tau)), preset))
     if (args.pseudolabels or args.pseudolabels_test) and not args.feature_input:
-        raise UserError("--pseudolabels is read with --feature-input only: AdaMatch has no teacher; leave one out")
-    data = load_data(args.dataset, args.data_dir, args.test_file)
-    labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
-    zero_shot = [None, None]
+        raise UserError("--pseudolabels goes with --feature-input only: AdaMatch has no teacher")
+    device, dtype = setup_device(args.device, args.amp, args.backbone)
+    data = load_data(args.dataset, args.data_dir, args.test_file, args.backbone)
+    K = len(data.classes)
+    labeled = draw_labeled(data.train.y, args.num_labels, K, args.seed)
+    zero_shot: list[Any] = [None, None]
     if args.feature_input:
-        paths = (args.pseudolabels, args.pseudolabels_test)
-        paths = default_labels(data, args.data_dir, args.dataset, args.test_file) if paths == (None, None) else paths
+        from pseudolabel import default_labels, read_labels  # this baseline alone reads labels
+
+        paths = args.pseudolabels, args.pseudolabels_test
+        if paths == (None, None):
+            paths = default_labels(data, args.data_dir, args.dataset, args.test_file)
         if None in paths:
-            raise UserError("--feature-input needs label files of both parts: --pseudolabels and --pseudolabels-test")
-        zero_shot = [read_labels(path, data, split)[0] for path, split in zip(paths, ("train", "test"), strict=True)]
+            raise UserError("--feature-input needs --pseudolabels and --pseudolabels-test")
+        parts = zip(paths, ("train", "test"), strict=True)
+        zero_shot = [torch.from_numpy(read_labels(path, data, part)[0]) for path, part in parts]
     test_part, measured = measured_part(data)
 
     name = f"adamatch-{data.name}-{args.num_labels}-seed{args.seed}"
-    run = Run(args.runs_dir, name, asdict(args), device, dtype)
-    run.describe(data, labeled, vars(args), measured, zero_shot[0])
-    train, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in (data.train, test_part))
-    labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
-    k, extra = len(data.classes), len(data.classes) if args.feature_input else 0
-    # one-hot rows, all zero where the teacher abstained
-    one_hot = torch.eye(k + 1, k, device=device)
-    onehot_zs, onehot_zs_test = (None if z is None else one_hot[torch.from_numpy(z)] for z in zero_shot)
+    run = Run(name, asdict(args), device, dtype)
+    run.describe(data, labeled, measured)
+    train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
+    idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
+    one_hot = torch.eye(K + 1, K, device=device)  # the last row, all zero: the teacher abstained
+    onehot_zs = [None if labels is None else one_hot[labels] for labels in zero_shot]
 
     seed_step(args.seed, "weights", 0)
-    student = build_student(args.backbone, len(preset.mean), preset.size, k, extra).to(device)
-    load_weights(student.encoder, args.backbone, args.weights)
+    num_extra = K if args.feature_input else 0
+    student = build_student(args.backbone, preset, K, num_extra, args.weights).to(device)
     if args.compile:
         student.compile()
-    evaluated = train_adamatch(student, labeled_idx, y_lb_all, train, test, args, run, onehot_zs, onehot_zs_test)
-
-    config = student_config(args.dataset, args.backbone, preset, data.classes, extra)
-    save_student(run.folder / "student", evaluated, config)
-    result = run.result(stage=1) | {"measured": measured}
-    run.write_json("result.json", result | {"args": asdict(args)})
-    print(f"\n{data.name}, {len(labeled)} labels: {MEASURED[measured][1]} ({len(test)}), last evaluation")
-    print(f"  {'supervised only' if args.supervised_only else 'AdaMatch':30} {result[measured]:.2f} %")
-    return result
+    evaluated = train_adamatch(student, idx, y_lb_all, train, test, args, run, *onehot_zs)
+    lines = {"supervised only" if args.supervised_only else "AdaMatch": run.accuracy(1)}
+    return run.finish(1, evaluated, preset, lines, num_extra)
 
 
 if __name__ == "__main__":

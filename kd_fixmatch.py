@@ -1,45 +1,64 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "transformers>=5.9", "numpy>=1.26",
+#   "scikit-learn>=1.5", "tyro>=0.9", "pytest>=8"]
+# ///
 """KD-FixMatch: FixMatch whose second network starts from what the first one is sure of.
 
-Paper: "KD-FixMatch: Knowledge Distillation Siamese Neural Networks", ICIP 2023, arXiv:2309.05826; no code
-was published. No foundation model's labels are used: the only teacher is the outer network.
+Paper: "KD-FixMatch: Knowledge Distillation Siamese Neural Networks", ICIP 2023, arXiv:2309.05826;
+its authors published no code. No foundation model: the only teacher is the outer network.
 
-Stage 1 trains an OUTER network by FixMatch. Stage 2 labels every unlabeled example with it and keeps a
-trusted set T_u: confident labels that deep embedded clustering (DEC) of the features agrees with.
-Stage 3 trains an INNER network, from new weights, on labeled, unlabeled and trusted examples:
+Stage 1 trains an OUTER network by FixMatch. Stage 2 labels every unlabeled example with it and
+keeps a trusted set T_u: confident labels that deep embedded clustering (DEC) of the features agrees
+with. Stage 3 trains an INNER network, from new weights, on labeled, unlabeled, trusted examples:
 
     loss = loss_s + lambda_u * loss_u
 
     loss_s   cross-entropy on labeled weak views
-    loss_u   on unlabeled STRONG views, mean over the whole unlabeled batch, 0 for a row without target.
-             Target in stage 1: the network's own hard label of the WEAK view, if its confidence reaches
-             tau. In stage 3 (Heuristic 1): its own, if that reaches tau_inner; else the outer network's,
-             if the example is in T_u. Cross-entropy; in stage 3 a loss that is robust to wrong labels.
+    loss_u   on unlabeled STRONG views, mean over the whole unlabeled batch, 0 for a row without
+             target. Stage 1: the network's own hard label of the WEAK view, if its confidence
+             reaches tau. Stage 3 (Heuristic 1): its own, if that reaches tau_inner; else the outer
+             network's, if the example is in T_u. Cross-entropy; in stage 3 a robust loss.
 
 The inner network's averaged weights predict; reported is the last evaluation, never the best one.
 
-    python kd_fixmatch.py                                  handwritten digits, 10 labels, a minute on a laptop
-    python kd_fixmatch.py --outer-only                     plain FixMatch
-    python kd_fixmatch.py --unsup-loss ce                  KD-FixMatch-CE; default: KD-FixMatch-SCE-1.0-0.1
-    python kd_fixmatch.py --clustering none                only the first filter of T_u
+    python kd_fixmatch.py                         handwritten digits, 10 labels
+    python kd_fixmatch.py --outer-only            plain FixMatch
+    python kd_fixmatch.py --unsup-loss ce         KD-FixMatch-CE; the default is SCE-1.0-0.1
+    python kd_fixmatch.py --clustering none       only the first filter of T_u
+    python kd_fixmatch.py --dataset cifar10 --num-labels 250 --backbone wrn_28_2    on a GPU
 
-Known from the abstract: the stages, the new start, two filters; from others' summaries: tau and tau_select, DEC on
-the features before the softmax, Heuristic 1, SCE's weights. Assumed, like the recipe, one for both networks:
-  A1  T_u enters through the target of loss_u, every example with the same weight, and stays in the pool.
-  A2  tau_inner is 0.95, on the trained (not averaged) inner network's weak view of the same pass.
-  A3  The outer network's averaged weights label plain views, those of the labeled examples too.
-  A4  DEC's encoder is a square linear map of the features, started as the identity (published DEC: an
-      auto-encoder), in units of their root mean square distance to the mean: Student's t has a scale of 1.
+    recipe       digits (default)                 cifar10 with WRN-28-2, from scratch
+    B, B_u       16, 64                           64, 448
+    steps        800 each network; DEC 200        2^20 each network; DEC 200
+    lr           SGD, 40 warm-up steps from 0;    SGD, no warm-up;
+                 0.1 -> 0.0195 (7/16 cosine)      0.03 -> 0.0059 (7/16 cosine)
+    averages     weights 0.99                     weights 0.999
+    thresholds   tau 0.95, tau_select 0.80, tau_inner 0.95 (both)
+    weak view    8 x 8 crop, 1 pixel reflected    32 x 32 crop, 4 pixels; half mirrored
+    strong view  the weak one, 3 operations of RandAugment, Cutout up to half the side (both)
+    evaluation   every 40 steps, 500 images       every 5,120 steps, 10,000 images
+    cost         COSTK                            not measured
+
+The abstract specifies the stages, the new start, two filters; secondary sources specify tau,
+tau_select, DEC on the features before the softmax, Heuristic 1, SCE's weights. The rest is ours:
+  A1  T_u enters through the target of loss_u, every example with the same weight, and stays in
+      the pool.
+  A2  tau_inner is 0.95, on the trained (not averaged) network's weak view of the same pass.
+  A3  The outer network's averaged weights label plain views, those of labeled examples too.
+  A4  DEC's encoder is a square linear map of the features, started as the identity (published: an
+      auto-encoder), in units of their root mean square distance to the mean, as Student's t has 1.
   A5  Cluster k starts at the mean of the survivors labeled k and keeps that name. A class without
       survivors has no cluster; with fewer than two classes there is no second filter.
-  A6  DEC takes full-batch SGD steps, each towards its own target, at a rate that suits the small gradients.
-      Published (arXiv:1511.06335, XifengGuo/DEC-keras): batches, a target every 140 steps, rate 0.01.
+  A6  DEC takes full-batch SGD steps, each towards its own target, at a rate for small gradients.
+      Published (arXiv:1511.06335, XifengGuo/DEC-keras): batches, new targets every 140 steps, 0.01.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -47,9 +66,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    MEASURED, PROCESSES, Averaged, Run, TextViews, Views, accuracy, batch_at, build_optimizer, build_student,
-    check_arguments, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights, make_views,
-    measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step, setup_device, student_config,
+    Run, Views, average_of, batch_at, build_student, cli, data_parallel, draw_labeled,
+    from_first_process, join, load_data, make_views, measured_part, optimizer_of, preset_of,
+    pseudo_label_accuracy, resolve, seed_step, setup_device, write_atomically,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------- arguments
@@ -59,11 +78,11 @@ from common import (
 class Args:
     # run
     dataset: str = "digits"
-    """A name of common.PRESETS, a folder of pictures or a .csv or .jsonl file of texts (README: Your own data)."""
+    """A name in common.PRESETS, a folder of pictures, a .csv or .jsonl file of texts (README)."""
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int = 10
-    """Labeled examples in all, the same number of every class; 0: all whose label is known (own data)."""
+    """Labeled examples in all, equally many of each class; 0: all with a known label (own data)."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     data_dir: str = "data"
@@ -71,27 +90,27 @@ class Args:
     runs_dir: str = "runs"
     """Where a folder for this run is made."""
     resume: str | None = None
-    """Folder of a run to go on with; its arguments are kept."""
+    """Folder of a run to continue, with its arguments."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: the best there is."""
+    """auto: the accelerator, if there is one."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of the forward pass; losses are always float32. auto: bf16 where it is native and faster."""
+    """Precision of forward passes; losses are float32. auto: bf16 where it is native and faster."""
     compile: bool = False
-    """Compile the student with torch.compile: slow first step, then faster, mostly on GPUs."""
+    """torch.compile the student: a slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
     """Steps from one printed line to the next."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard into the run folder; needs the package tensorboard."""
     eval_every: int | None = None
-    """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
+    """Steps from one evaluation and checkpoint to the next. Unset here and below: the preset's."""
     # model
     backbone: str | None = None
-    """cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of transformers"""
+    """cnn, wrn_28_2, efficientnet_b0, vit_small_patch2_32, vit_small_patch16_224, or a hub id."""
     weights: str | None = None
-    """Pre-trained weights of the encoder: a file (texts: a folder), or none; unset: the published ones, if any."""
+    """Pre-trained weights of the encoder: a file, a folder, or none; unset: the published ones."""
     # optimization
     num_steps: int | None = None
-    """Updates of each network. Alone, it also scales the warm-up and --eval-every."""
+    """Updates of each network. Set alone, it also scales the warm-up and --eval-every."""
     batch_size: int | None = None
     """B: labeled examples a step."""
     uratio: int | None = None
@@ -99,7 +118,7 @@ class Args:
     optimizer: Literal["adamw", "sgd"] | None = None
     """sgd has Nesterov momentum 0.9."""
     lr: float | None = None
-    """Peak learning rate, of the heads where --layer-decay is below 1."""
+    """Peak learning rate; with --layer-decay below 1, of the heads."""
     weight_decay: float | None = None
     """Weight decay of matrices and kernels; biases and norms have none."""
     layer_decay: float | None = None
@@ -107,21 +126,21 @@ class Args:
     warmup_steps: int | None = None
     """Steps of linear learning-rate warm-up, in each stage."""
     ema_decay: float | None = None
-    """Decay in [0, 1) of the averaged weights that are evaluated; 0: the trained weights are."""
+    """Decay in [0, 1) of the averaged weights, which are evaluated; 0: no averaging."""
     # method
     outer_only: bool = False
     """Stop after stage 1: plain FixMatch."""
     tau: float = 0.95
-    """Confidence in [0, 1] from which the outer network's own label counts in its training."""
+    """Confidence in [0, 1] from which the outer network's own label trains it."""
     lambda_u: float = 1.0
     """Weight of loss_u."""
     tau_select: float = 0.80
-    """Confidence in [0, 1] from which the trained outer network's label passes the first filter of T_u."""
+    """First filter of T_u: the outer network's confidence in [0, 1] from which a label passes."""
     clustering: Literal["dec", "kmeans", "none"] = "dec"
-    """Second filter of T_u: the label must agree with the cluster. none: there is no second filter."""
+    """Second filter of T_u: the label must agree with the cluster; none: no second filter."""
     tau_inner: float = 0.95
-    """Confidence in [0, 1] from which the inner network's own label overrides the outer network's."""
-    unsup_loss: Literal["ce", "sce", "mae", "nce", "gce"] = "sce"
+    """Confidence in [0, 1] from which the inner network's own label replaces the outer's."""
+    unsup_loss: Literal["ce", "sce", "mae", "nce"] = "sce"
     """The inner network's loss on unlabeled examples."""
     sce_alpha: float = 1.0
     """Weight of cross-entropy in --unsup-loss sce."""
@@ -130,12 +149,12 @@ class Args:
 
 
 # ---------------------------------------------------------------------------- the method
-# Sizes: B labeled, B_u unlabeled examples a step, N in the pool, n survivors of the first filter, K
-# classes, D features. lr_at, hard_labels and loss_consistency are those of zeromatch.py word for word.
+# Sizes: B labeled, B_u unlabeled examples a step, N in the pool, n survivors of the first filter,
+# K classes, D features. Functions that zeromatch.py also has are repeated, word for word.
 
 
 def lr_at(step: int, num_steps: int, warmup_steps: int) -> float:
-    """t / warmup up to the warm-up's end, then cos(7/16 pi * (t - warmup) / (T - warmup)): ends at 0.195.
+    """t / warmup in the warm-up, then cos(7/16 pi * (t - warmup) / (T - warmup)): ends at 0.195.
 
     Factor of the peak learning rate at step t of T. Source: ZM semilearn/core/utils/build.py."""
     if step < warmup_steps:
@@ -152,24 +171,27 @@ def hard_labels(probs: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tenso
 
 
 def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -> Tensor:
-    """loss_u = 1 / B_u * sum_i mask_i * CE(logits_ulb_s_i, pseudo_label_i); masked rows count in B_u.
+    """loss_u = 1 / B_u * sum_i mask_i * CE(logits_ulb_s_i, pseudo_label_i), B_u with masked rows.
 
     [B_u, K], [B_u] int64, [B_u] -> scalar."""
     return (F.cross_entropy(logits_ulb_s, pseudo_label, reduction="none") * mask).mean()
 
 
-# A6; chosen on digits by the truth about T_u, seeds 100-102; 100 to 1,000 steps at rates 2 to 10 hardly differ.
+# A6; chosen on digits by the truth about T_u, seeds 100-102; 100 to 1,000 steps and rates of 2 to
+# 10 hardly differ.
 DEC_STEPS, DEC_LR = 200, 3.0
 
 
 def soft_assignment(z: Tensor, centroids: Tensor) -> Tensor:
-    """q_ik = (1 + |z_i - c_k|^2)^-1 / sum_j (1 + |z_i - c_j|^2)^-1, Student's t. [n, D], [K, D] -> [n, K]."""
+    """q_ik = (1 + |z_i - c_k|^2)^-1 / sum_j (1 + |z_i - c_j|^2)^-1: Student's t.
+
+    [n, D], [K, D] -> [n, K]."""
     kernel = 1 / (1 + torch.cdist(z, centroids).square())
     return kernel / kernel.sum(dim=1, keepdim=True)
 
 
 def target_distribution(q: Tensor) -> Tensor:
-    """p_ik = (q_ik^2 / f_k) / sum_j (q_ij^2 / f_j) with the clusters' sizes f_k = sum_i q_ik. [n, K] -> [n, K]."""
+    """p_ik = (q_ik^2 / f_k) / sum_j (q_ij^2 / f_j), sizes f_k = sum_i q_ik. [n, K] -> [n, K]."""
     p = q.square() / q.sum(dim=0)
     return p / p.sum(dim=1, keepdim=True)
 
@@ -180,128 +202,131 @@ def loss_dec(q: Tensor, p: Tensor) -> Tensor:
 
 
 def heuristic_1(pseudo_label: Tensor, mask: Tensor, y_outer: Tensor) -> tuple[Tensor, Tensor]:
-    """The network's own label where mask is 1; else y_outer where it is not -1; else the row does not count.
+    """The network's own label where mask is 1; else y_outer where it is not -1; else no target.
 
-    [B_u] int64, [B_u] 0/1, [B_u] int64 -> (target [B_u] int64, counts [B_u] float 0 or 1)."""
+    [B_u] int64, [B_u] 0/1, [B_u] int64 -> (target [B_u] int64, used [B_u] float 0 or 1)."""
     by_outer = (mask == 0) & (y_outer >= 0)
     return torch.where(by_outer, y_outer, pseudo_label), torch.where(by_outer, 1.0, mask)
 
 
 def sce(logits: Tensor, target: Tensor, alpha: float, beta: float) -> Tensor:
-    """SCE = alpha * CE + beta * RCE, RCE = -sum_k p_k log e_k with one-hot e, where log 0 is log 1e-4.
+    """SCE = alpha * CE + beta * RCE, RCE = -sum_k p_k log e_k, e one-hot, where log 0 is log 1e-4.
 
-    [n, K], [n] int64 -> [n]. Source: arXiv:1908.06112; clamps p >= 1e-7, e >= 1e-4 of its public ports."""
+    [n, K], [n] int64 -> [n]. Source: arXiv:1908.06112; clamps of its public ports."""
     probs = logits.softmax(dim=1).clamp(min=1e-7)
     log_one_hot = F.one_hot(target, logits.shape[1]).float().clamp(min=1e-4).log()
-    return alpha * F.cross_entropy(logits, target, reduction="none") - beta * (probs * log_one_hot).sum(dim=1)
+    rce = -(probs * log_one_hot).sum(dim=1)
+    return alpha * F.cross_entropy(logits, target, reduction="none") + beta * rce
 
 
 def mae(logits: Tensor, target: Tensor) -> Tensor:
-    """MAE = sum_k |p_k - e_k| = 2 * (1 - p_y), p_y = exp(-CE). [n, K], [n] -> [n]. Source: arXiv:1712.09482."""
+    """MAE = sum_k |p_k - e_k| = 2 - 2 * exp(-CE). [n, K], [n] -> [n]. arXiv:1712.09482."""
     return 2 - 2 * (-F.cross_entropy(logits, target, reduction="none")).exp()
 
 
 def nce(logits: Tensor, target: Tensor) -> Tensor:
-    """NCE = CE / sum_k (CE towards class k), in [0, 1]. [n, K], [n] -> [n]. Source: arXiv:2006.13554."""
-    return F.cross_entropy(logits, target, reduction="none") / -logits.log_softmax(dim=1).sum(dim=1)
+    """NCE = CE / sum_k (CE towards class k), in [0, 1]. [n, K], [n] -> [n]. arXiv:2006.13554."""
+    ce = F.cross_entropy(logits, target, reduction="none")
+    return ce / -logits.log_softmax(dim=1).sum(dim=1)
 
 
-def gce(logits: Tensor, target: Tensor, q: float = 0.7) -> Tensor:
-    """GCE = (1 - p_y^q) / q, p_y = exp(-CE). [n, K], [n] -> [n]. Source: arXiv:1805.07836, its q = 0.7."""
-    return (1 - (-q * F.cross_entropy(logits, target, reduction="none")).exp()) / q
+def loss_robust(
+    name: str, logits_ulb_s: Tensor, target: Tensor, used: Tensor, alpha: float, beta: float
+) -> Tensor:
+    """loss_u of stage 3: 1 / B_u * sum_i used_i * LOSS(logits_ulb_s_i, target_i).
 
-
-def loss_robust(name: str, logits_ulb_s: Tensor, target: Tensor, counts: Tensor, alpha: float, beta: float) -> Tensor:
-    """loss_u of stage 3: 1 / B_u * sum_i counts_i * LOSS(logits_ulb_s_i, target_i); alpha, beta are SCE's.
-
-    [B_u, K], [B_u] int64, [B_u] -> scalar. ce: that of stage 1."""
+    [B_u, K], [B_u] int64, [B_u] -> scalar. ce: that of stage 1. alpha, beta: SCE's."""
     if name == "ce":
-        return loss_consistency(logits_ulb_s, target, counts)
+        return loss_consistency(logits_ulb_s, target, used)
     if name == "sce":
-        return (sce(logits_ulb_s, target, alpha, beta) * counts).mean()
-    return ({"mae": mae, "nce": nce, "gce": gce}[name](logits_ulb_s, target) * counts).mean()
+        return (sce(logits_ulb_s, target, alpha, beta) * used).mean()
+    return ({"mae": mae, "nce": nce}[name](logits_ulb_s, target) * used).mean()
 
 
 # ---------------------------------------------------------------------------- training
 
 
 def forward(net: nn.Module, x: Tensor, run: Run) -> Tensor:
-    """Logits [n, K] of a batch in float32, which thresholds and losses need."""
+    """Logits [n, K] in float32: a bfloat16 0.949 would pass a threshold of 0.95."""
     with run.autocast():
         logits, _, _ = net(x)
     return logits.float()
 
 
 def train_fixmatch(
-    stage: int, student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views | TextViews,
-    test: Views | TextViews, args: Args, run: Run, y_outer: Tensor | None = None,
+    stage: int, student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views,
+    test: Views, args: Args, run: Run, y_outer: Tensor | None = None,
 ) -> nn.Module:  # fmt: skip
-    """FixMatch of the outer network (stage 1); with y_outer [N], of the inner one (stage 3), -1 = not in T_u.
+    """FixMatch of the outer network (stage 1) or the inner one (stage 3); returns what to evaluate.
 
-    labeled_idx [num_labels] are positions in `train`, y_lb_all their labels. The unlabeled pool is all of
-    `train`, the labeled examples included. train.y beyond the labeled ones is read in the line that logs
-    the pseudo-labels' accuracy, and nowhere else. Returns the network to evaluate."""
-    tau, unsup_loss = (args.tau, "ce") if y_outer is None else (args.tau_inner, args.unsup_loss)  # A2
+    labeled_idx [num_labels]: positions in `train`; y_lb_all: their labels; y_outer [N], stage 3:
+    the outer network's, -1 = not in T_u. The unlabeled pool is all of `train`, labeled examples
+    included; its true labels reach only run.log."""
+    tau, unsup_loss = (args.tau, "ce") if stage == 1 else (args.tau_inner, args.unsup_loss)  # A2
     y_outer = torch.full_like(train.y, -1) if y_outer is None else y_outer
-    optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
-    ema, scaler = Averaged(student, args.ema_decay), run.scaler()
+    optimizer = optimizer_of(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
+    ema, scaler = average_of(student, args.ema_decay), run.scaler()
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, _ = run.restore(stage, parts)
-    net, B = data_parallel(student), args.batch_size // PROCESSES  # here and below: the rows of this process
-    B_u = args.uratio * B
+    net = data_parallel(student)
 
     for step in range(first_step, args.num_steps):
-        seed_step(args.seed, f"stage {stage}", step)
+        seed_step(args.seed, f"stage {stage}", step)  # so that a resumed run repeats the same step
         lr = args.lr * lr_at(step, args.num_steps, args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        at_lb = batch_at(len(labeled_idx), B, args.seed, step)
+        at_lb = batch_at(len(labeled_idx), args.batch_size, args.seed, step)
         idx_lb, y_lb = labeled_idx[at_lb], y_lb_all[at_lb]
-        idx_ulb = batch_at(len(train), B_u, args.seed, step)
+        idx_ulb = batch_at(len(train), args.uratio * args.batch_size, args.seed, step)
         x_lb, x_ulb_w, x_ulb_s = train.weak(idx_lb), train.weak(idx_ulb), train.strong(idx_ulb)
+        B, B_u = len(idx_lb), len(idx_ulb)  # under torchrun, this process's share
 
         student.train()
-        if student.encoder.batch_statistics:  # one pass: batch statistics are those of the joint batch
+        if student.encoder.batch_statistics:  # one pass: they are those of the joint batch
             logits = forward(net, join([x_lb, x_ulb_w, x_ulb_s]), run)
             logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
-        else:  # no row depends on another and nothing learns from the weak view: no gradient there
+        else:  # nothing learns from the weak view, so its gradient would be wasted work
             with torch.no_grad():
                 logits_ulb_w = forward(net, x_ulb_w, run)
             logits_lb, logits_ulb_s = forward(net, join([x_lb, x_ulb_s]), run).split([B, B_u])
 
+        # Targets carry no gradient: the network must not lower loss_u by changing its own labels.
         pseudo_label, mask = hard_labels(logits_ulb_w.detach().softmax(dim=1), tau)
-        target, counts = heuristic_1(pseudo_label, mask, y_outer[idx_ulb])  # A1; stage 1: (pseudo_label, mask)
+        # Once the inner network is sure, it corrects the outer one. Changes nothing in stage 1.
+        target, used = heuristic_1(pseudo_label, mask, y_outer[idx_ulb])  # A1
         loss_s = F.cross_entropy(logits_lb, y_lb)
-        loss_u = loss_robust(unsup_loss, logits_ulb_s, target, counts, args.sce_alpha, args.sce_beta)
+        loss_u = loss_robust(unsup_loss, logits_ulb_s, target, used, args.sce_alpha, args.sce_beta)
         loss = loss_s + args.lambda_u * loss_u
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        ema.update()
+        ema.update_parameters(student)
 
         run.log(
-            stage, step, args.num_steps, args.log_every,
-            "loss {loss:.3f} = s {loss_s:.3f} + {lambda_u:g}*u {loss_u:.3f} | mask {mask_rate:.2f} "
-            "by outer {outer_rate:.2f} pl_acc {pl_acc_masked:.1f}",
-            loss=loss, loss_s=loss_s, lambda_u=args.lambda_u, loss_u=loss_u, mask_rate=counts.mean(),
-            outer_rate=(counts - mask).mean(), lr=lr, **pseudo_label_accuracy(target, counts, train.y[idx_ulb]),
-            pseudo_label=target, mask=counts,
+            stage, step, args.num_steps, LINE, target, used,
+            loss=loss, loss_s=loss_s, lambda_u=args.lambda_u, loss_u=loss_u, mask_rate=used.mean(),
+            outer_rate=(used - mask).mean(), lr=lr,
+            **pseudo_label_accuracy(target, used, train.y[idx_ulb]),
         )  # fmt: skip
-        evaluate = (step + 1) % args.eval_every == 0 or step + 1 == args.num_steps
-        if evaluate:
-            run.evaluated(stage, step, accuracy(predict(ema.module, test, run.autocast), test.y))
-        if evaluate or run.save_due():
-            run.save(stage, step, parts, y_outer=y_outer)
+        # Evaluates every --eval-every steps and at the end; saves then and every ten minutes.
+        run.evaluate(stage, step, args.num_steps, ema.module, test)
+        run.save(stage, step, args.num_steps, parts, y_outer=y_outer)
     return ema.module
 
 
-def cluster_dec(features: Tensor, label: Tensor, outer: nn.Module, args: Args, run: Run) -> Tensor:
-    """Deep embedded clustering: the class whose cluster each row is in. [n, D], [n] int64 -> [n] int64.
+LINE = (
+    "loss {loss:.3f} = s {loss_s:.3f} + {lambda_u:g}*u {loss_u:.3f}"
+    " | mask {mask_rate:.2f} by outer {outer_rate:.2f} pl_acc {pl_acc_masked:.1f}"
+)
 
-    `outer` only goes into the checkpoint, since the features are made again from it."""
+
+def cluster_dec(features: Tensor, label: Tensor, outer: nn.Module, args: Args, run: Run) -> Tensor:
+    """Deep embedded clustering: the class of each row's cluster. [n, D], [n] int64 -> [n] int64.
+
+    `outer` only goes into the checkpoint, because a resumed run computes the features from it."""
     features = features - features.mean(dim=0)
     features = features / features.square().sum(dim=1).mean().sqrt().clamp(min=1e-6)  # A4
     present, projection = label.unique(), torch.eye(features.shape[1], device=features.device)
@@ -316,25 +341,25 @@ def cluster_dec(features: Tensor, label: Tensor, outer: nn.Module, args: Args, r
         loss.backward()
         optimizer.step()
         agree = (present[q.argmax(dim=1)] == label).float().mean()
-        run.log(2, step, DEC_STEPS, args.log_every, "dec {loss:.4f} agree {agree:.3f}", loss=loss, agree=agree)
-        if step + 1 == DEC_STEPS or run.save_due():
-            run.save(2, step, {"outer": outer, "dec": dec, "optimizer": optimizer})
+        run.log(2, step, DEC_STEPS, "dec {loss:.4f} agree {agree:.3f}", loss=loss, agree=agree)
+        run.save(2, step, DEC_STEPS, {"outer": outer, "dec": dec, "optimizer": optimizer})
     return present[soft_assignment(features @ dec["projection"], dec["centroids"]).argmax(dim=1)]
 
 
 def cluster_kmeans(features: Tensor, label: Tensor, seed: int) -> Tensor:
-    """k-means with one cluster a class, matched one to one so that most rows agree. As cluster_dec."""
+    """As cluster_dec, by k-means, clusters matched one to one so that most rows agree."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
     from sklearn.metrics import confusion_matrix
 
     present, own = label.unique(return_inverse=True)
     cluster = KMeans(len(present), n_init=10, random_state=seed).fit_predict(features.cpu().numpy())
-    _, matched = linear_sum_assignment(confusion_matrix(cluster, own.cpu().numpy()), maximize=True)  # Hungarian
+    agreement = confusion_matrix(cluster, own.cpu().numpy())
+    _, matched = linear_sum_assignment(agreement, maximize=True)  # Hungarian
     return present[torch.from_numpy(matched[cluster]).to(label.device)]
 
 
-def select_trusted(outer: nn.Module, train: Views | TextViews, args: Args, run: Run) -> Tensor:
+def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tensor:
     """T_u as y_outer [N] int64: the outer network's labels that pass both filters, -1 elsewhere.
 
     Monitoring: trusted.json, {set: [its size, percent of its labels that are right or null]}."""
@@ -344,14 +369,15 @@ def select_trusted(outer: nn.Module, train: Views | TextViews, args: Args, run: 
         with torch.no_grad(), run.autocast():
             logits, _, features = outer(train.plain(idx))
         rows.append((logits.float().softmax(dim=1), features.float()))
-    probs, features = (torch.cat(column) for column in zip(*rows, strict=True))  # [N, K], [N, D]
+    columns = (torch.cat(column).cpu() for column in zip(*rows, strict=True))  # [N, K], [N, D]
+    probs, features = (from_first_process(x).to(run.device) for x in columns)  # all agree on T_u
     label, confident = hard_labels(probs, args.tau_select)  # A3
     kept = confident.nonzero().squeeze(1)
     cluster = label.clone()
     classes = set(label[kept].tolist())
     if missing := sorted(set(range(probs.shape[1])) - classes):
         more = ", and there is no second filter" if len(classes) < 2 else ""
-        print(f"T_u: no label of class {missing} reaches --tau-select {args.tau_select}: none is trusted{more}")
+        print(f"T_u: no label of class {missing} reaches --tau-select: none is trusted{more}")
     if args.clustering == "dec" and len(classes) > 1:
         cluster[kept] = cluster_dec(features[kept], label[kept], outer, args, run)
     elif args.clustering == "kmeans" and len(classes) > 1:
@@ -360,11 +386,11 @@ def select_trusted(outer: nn.Module, train: Views | TextViews, args: Args, run: 
         print(f"T_u: the cluster of class {empty} is empty: none of its labels is trusted")
 
     trusted, report = confident * (cluster == label), {}
-    for name, mask in (("all", torch.ones_like(confident)), ("confident", confident), ("trusted", trusted)):
+    for name, mask in (("all", confident >= 0), ("confident", confident), ("trusted", trusted)):
         acc = pseudo_label_accuracy(label, mask, train.y)["pl_acc_masked"].item()
         report[name] = [int(mask.sum()), None if math.isnan(acc) else acc]
-        print(f"T_u: {name:9} {report[name][0]:7} labels" + ("" if math.isnan(acc) else f", {acc:.2f} % right"))
-    run.write_json("trusted.json", report)
+        print(f"T_u: {name:9} {report[name][0]:7} labels, {acc:.2f} % right (nan: unknown)")
+    write_atomically(run.folder / "trusted.json", report)
     return torch.where(trusted > 0, label, -1)
 
 
@@ -374,46 +400,39 @@ def select_trusted(outer: nn.Module, train: Views | TextViews, args: Args, run: 
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
     preset = preset_of(args.dataset, args.backbone)
-    args = replace(args, **fill_from_preset(vars(args), preset))
-    check_arguments(vars(args))
+    args = Args(**resolve(vars(args), preset))
     device, dtype = setup_device(args.device, args.amp, args.backbone)
-    data = load_data(args.dataset, args.data_dir, args.test_file)
+    data = load_data(args.dataset, args.data_dir, args.test_file, args.backbone)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
     test_part, measured = measured_part(data)
 
     name = f"kd_fixmatch-{data.name}-{args.num_labels}-seed{args.seed}"
-    run = Run(args.runs_dir, name, asdict(args), device, dtype)
-    run.describe(data, labeled, vars(args), measured)
-    parts = (data.train, test_part)
-    train_views, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in parts)
-    labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
-    seed_step(args.seed, "weights", 0)
-    outer = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
-    seed_step(args.seed, "inner weights", 0)  # new: of the outer network only its trusted labels go on
-    inner = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
-    for network in (outer, inner):
-        load_weights(network.encoder, args.backbone, args.weights)
-        if args.compile:
-            network.compile()
-    if run.state["stage"] < 2:
-        outer = train_fixmatch(1, outer, labeled_idx, y_lb_all, train_views, test, args, run)
-    elif run.state["stage"] == 2:
-        run.restore(2, {"outer": outer})
-    evaluated, trusted = outer, None
-    if not args.outer_only:
-        y_outer = run.state["y_outer"] if run.state["stage"] == 3 else select_trusted(outer, train_views, args, run)
-        evaluated = train_fixmatch(3, inner, labeled_idx, y_lb_all, train_views, test, args, run, y_outer)
-        trusted = json.loads((run.folder / "trusted.json").read_text())
+    run = Run(name, asdict(args), device, dtype)
+    run.describe(data, labeled, measured)
+    train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
+    idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
 
-    save_student(run.folder / "student", evaluated, student_config(args.dataset, args.backbone, preset, data.classes))
-    result = run.result(stage=1 if args.outer_only else 3)
-    result |= {"outer_acc": run.result(stage=1)[measured], "trusted": trusted, "measured": measured}
-    run.write_json("result.json", result | {"args": asdict(args)})
-    print(f"\n{data.name}, {len(labeled)} labels: {MEASURED[measured][1]} ({len(test)}), last evaluation")
-    print(f"  {'outer network (FixMatch)':34} {result['outer_acc']:.2f} %")
+    networks = []
+    for key in ("weights", "inner weights"):  # of the outer network only its trusted labels go on
+        seed_step(args.seed, key, 0)
+        student = build_student(args.backbone, preset, len(data.classes), weights=args.weights)
+        networks.append(student.to(device))
+        if args.compile:
+            student.compile()
+    outer, inner = networks
+    stage = run.state["stage"]  # of a run to continue; else 0
+    if stage < 2:
+        outer = train_fixmatch(1, outer, idx, y_lb_all, train, test, args, run)
+    elif stage == 2:
+        run.restore(2, {"outer": outer})
+    evaluated, trusted, lines = outer, None, {"outer network (FixMatch)": run.accuracy(1)}
     if not args.outer_only:
-        print(f"  {f'inner (KD-FixMatch, {args.unsup_loss})':34} {result[measured]:.2f} %")
-    return result
+        y_outer = run.state["y_outer"] if stage == 3 else select_trusted(outer, train, args, run)
+        evaluated = train_fixmatch(3, inner, idx, y_lb_all, train, test, args, run, y_outer)
+        trusted = json.loads((run.folder / "trusted.json").read_text())
+        lines[f"inner (KD-FixMatch, {args.unsup_loss})"] = run.accuracy(3)
+    facts = {"outer_acc": run.accuracy(1), "trusted": trusted}
+    return run.finish(1 if args.outer_only else 3, evaluated, preset, lines, **facts)
 
 
 if __name__ == "__main__":

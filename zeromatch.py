@@ -1,45 +1,63 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "transformers>=5.9", "numpy>=1.26",
+#   "scikit-learn>=1.5", "tyro>=0.9", "pytest>=8"]
+# ///
 """ZeroMatch: semi-supervised learning with a foundation model's zero-shot pseudo-labels.
 
-Paper: "Enhancing Semi-supervised Learning with Zero-shot Pseudolabels", TMLR 2026, arXiv:2502.12584.
-Code of the authors: github.com/jichan3751/zeromatch @8ca4079 ("ZM"). Symbols are the paper's; its
-equation numbers were not at hand, so equations are named, not numbered.
+Paper: "Enhancing Semi-supervised Learning with Zero-shot Pseudolabels", TMLR, arXiv:2502.12584.
+Code of the authors: github.com/jichan3751/zeromatch @8ca4079 ("ZM"). Symbols are the paper's.
 
 Stage 1 (distillation warm-up) trains encoder and main head on the teacher's labels of ALL training
-examples. Stage 2 goes on with AdaMatch on the main head, while a new auxiliary head on the same
+examples. Stage 2 continues with AdaMatch on the main head, while a new auxiliary head on the same
 encoder keeps predicting the teacher's labels, so that the encoder does not forget them:
 
     loss = loss_s + lambda_u * loss_u + lambda_p * alpha_t * loss_kd
 
     loss_s   cross-entropy of the main head on labeled weak views
     loss_u   the same on unlabeled STRONG views; target: the main head's own hard label of the WEAK
-             view after alignment, if its confidence reaches c_tau = tau * (mean confidence on labeled)
-    loss_kd  cross-entropy of the AUXILIARY head on labeled and unlabeled weak views; target: the teacher
+             view after alignment, if its confidence reaches c_tau, tau times that on labeled data
+    loss_kd  cross-entropy of the AUXILIARY head on all weak views; target: the teacher's label
     alpha_t  0 at the first step, 1 at the last, linear
 
-At test time the main head of the averaged weights predicts; the auxiliary head is thrown away. The
-reported accuracy is that of the last evaluation (and the median of the last 20), never the best one.
+At test time the main head predicts, with averaged weights (D4); the auxiliary head is thrown away.
+The reported accuracy is that of the last evaluation, never the best one.
 
-    python zeromatch.py                                    handwritten digits, 10 labels, a minute on a laptop
-    python zeromatch.py --stages 1                         pseudo-supervision: the teacher's labels as if true
-    python zeromatch.py --stages 2                         ablation: no warm-up
-    python zeromatch.py --lambda-p 0 | --anneal none       ablations: no auxiliary loss | constant weight
-    python zeromatch.py --agreement | --prior teacher      beyond the paper: with_agreement | align to other shares
+    python zeromatch.py                                  handwritten digits, 10 labels
+    python zeromatch.py --stages 1 | --stages 2          pseudo-supervision | ablation: no warm-up
+    python zeromatch.py --lambda-p 0 | --anneal none     ablations: no loss_kd | alpha_t = 1
+    python zeromatch.py --agreement | --prior teacher    beyond the paper, see the functions below
+    python zeromatch.py --dataset cifar100 --num-labels 100    the headline run, on a GPU
 
-Departures from the authors' code
-  D1  Stage 1 hands on its last (averaged) weights. ZM keeps the checkpoint that fits the teacher's
-      labels on training images best, which rewards the most over-fitted one.
-  D2  Reported: see above. ZM: the best test accuracy; for texts that of the weights best on labeled dev data.
-  D3  An example whose teacher gave no answer has no distillation loss; it counts in the denominator,
-      as an unlabeled example below the threshold does. ZM gives it one fixed class.
-  D4  With batch statistics (CNN, WRN) weights are averaged over steps and the averaged ones evaluated,
-      as FixMatch and AdaMatch do. ZM only trains transformers, without averaging; so do we there.
-  Departures in the data path are numbered in common.py.
+    recipe       digits (default)                 cifar100 (ViT-S/2, pre-trained)
+    B, B_u       16, 64 (stage 1: 64)             16, 16 (stage 1: 16)
+    steps        400, then 800                    204,800, then 204,800
+    lr           SGD, 40 warm-up steps from 0;    AdamW, 5,120; heads 5e-4 -> 1e-4, half as much
+                 0.1 -> 0.0195 (7/16 cosine)      from each layer to the one below it
+    averages     weights 0.99, marginals 0.99     weights not, marginals 0.999
+    tau          0.95                             0.95
+    weak view    8 x 8 crop, 1 pixel reflected    32 x 32 crop, 4 pixels; half mirrored
+    strong view  the weak one, 3 operations of RandAugment, Cutout up to half the side (both)
+    evaluation   every 40 steps, 500 images       every 2,048 steps, 10,000 images
+    cost         COSTZ                            not measured
+
+Departures from the authors' code (those in the data path are numbered in common.py)
+  D1  Stage 1 hands on its last (averaged) weights. ZM keeps the checkpoint that best fits the
+      teacher's labels on training images, which rewards the most over-fitted one.
+  D2  We report the last evaluation. ZM reports the best test accuracy (for text, the test accuracy
+      of the best dev checkpoint).
+  D3  An example without a teacher's answer has no distillation loss but is part of the mean, like
+      an unlabeled example below the threshold. ZM gives it one fixed class.
+  D4  Networks with batch statistics (CNN, WRN) are evaluated with averaged weights, as in FixMatch
+      and AdaMatch. ZM trains transformers only, without averaging; for these we do the same.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,10 +65,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    MEASURED, PROCESSES, Averaged, Run, TextViews, UserError, Views, accuracy, batch_at, build_optimizer, build_student,
-    check_arguments, class_shares, cli, data_parallel, draw_labeled, fill_from_preset, join, load_data, load_weights,
-    make_views, mean_over_processes, measured_part, predict, preset_of, pseudo_label_accuracy, save_student, seed_step,
-    setup_device, student_config,
+    Run, UserError, Views, average_of, batch_at, build_student, cli, data_parallel, draw_labeled,
+    join, load_data, make_views, mean_over_processes, measured_part, optimizer_of, preset_of,
+    pseudo_label_accuracy, resolve, seed_step, setup_device,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -61,43 +78,43 @@ from pseudolabel import default_labels, read_labels
 class Args:
     # run
     dataset: str = "digits"
-    """A name of common.PRESETS, a folder of pictures or a .csv or .jsonl file of texts (README: Your own data)."""
+    """A name in common.PRESETS, a folder of pictures, a .csv or .jsonl file of texts (README)."""
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int = 10
-    """Labeled examples in all, the same number of every class; 0: all whose label is known (own data)."""
+    """Labeled examples in all, equally many of each class; 0: all with a known label (own data)."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     pseudolabels: str | None = None
-    """Teacher's labels of the training part (pseudolabel.py); unset: found in --data-dir or (images) made."""
+    """Teacher's labels of the training part (pseudolabel.py); unset: found in DATA_DIR or made."""
     pseudolabels_test: str | None = None
-    """Teacher's labels of the test part, only to print the teacher's accuracy on it."""
+    """Teacher's labels of the test part, only to print the teacher's accuracy there."""
     data_dir: str = "data"
     """Where data sets and label files are kept."""
     runs_dir: str = "runs"
     """Where a folder for this run is made."""
     resume: str | None = None
-    """Folder of a run to go on with; its arguments are kept."""
+    """Folder of a run to continue, with its arguments."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: the best there is."""
+    """auto: the accelerator, if there is one."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of the forward pass; losses are always float32. auto: bf16 where it is native and faster."""
+    """Precision of forward passes; losses are float32. auto: bf16 where it is native and faster."""
     compile: bool = False
-    """Compile the student with torch.compile: slow first step, then faster, mostly on GPUs."""
+    """torch.compile the student: a slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
     """Steps from one printed line to the next."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard into the run folder; needs the package tensorboard."""
     eval_every: int | None = None
-    """Steps from one evaluation and checkpoint to the next. Unset, here and below: the preset's value."""
+    """Steps from one evaluation and checkpoint to the next. Unset here and below: the preset's."""
     # model
     backbone: str | None = None
-    """cnn, wrn_28_2, vit_small_patch2_32, vit_small_patch16_224, efficientnet_b0, or an id or folder of transformers"""
+    """cnn, wrn_28_2, efficientnet_b0, vit_small_patch2_32, vit_small_patch16_224, or a hub id."""
     weights: str | None = None
-    """Pre-trained weights of the encoder: a file (texts: a folder), or none; unset: the published ones, if any."""
+    """Pre-trained weights of the encoder: a file, a folder, or none; unset: the published ones."""
     # optimization
     num_steps: int | None = None
-    """Updates of stage 2. Alone, it also scales stage 1, the warm-up and --eval-every."""
+    """Updates of stage 2. Set alone, it also scales stage 1, the warm-up and --eval-every."""
     num_steps_stage1: int | None = None
     """Updates of stage 1."""
     batch_size: int | None = None
@@ -107,7 +124,7 @@ class Args:
     optimizer: Literal["adamw", "sgd"] | None = None
     """sgd has Nesterov momentum 0.9."""
     lr: float | None = None
-    """Peak learning rate, of the heads where --layer-decay is below 1."""
+    """Peak learning rate; with --layer-decay below 1, of the heads."""
     weight_decay: float | None = None
     """Weight decay of matrices and kernels; biases and norms have none."""
     layer_decay: float | None = None
@@ -115,7 +132,7 @@ class Args:
     warmup_steps: int | None = None
     """Steps of linear learning-rate warm-up, in each stage."""
     ema_decay: float | None = None
-    """Decay in [0, 1) of the averaged weights that are evaluated; 0: the trained weights are."""
+    """Decay in [0, 1) of the averaged weights, which are evaluated; 0: no averaging."""
     # method
     stages: Literal["both", "1", "2"] = "both"
     """1: pseudo-supervision only. 2: no warm-up. both: ZeroMatch."""
@@ -124,25 +141,25 @@ class Args:
     lambda_u: float = 1.0
     """Weight of loss_u."""
     lambda_p: float = 1.0
-    """Weight of loss_kd; 0: stage 2 is AdaMatch (without --agreement and --prior)."""
+    """Weight of loss_kd; 0: stage 2 is AdaMatch."""
     anneal: Literal["linear", "none"] = "linear"
     """alpha_t: linear from 0 to 1 over stage 2, or none: 1 throughout."""
     marginal_decay: float | None = None
     """Decay of the running class marginals p_lb and p_ulb."""
     agreement: bool = False
-    """Beyond the paper: a pseudo-label that is also the teacher's counts by alpha_t below the threshold, too."""
+    """Beyond the paper: a pseudo-label that the teacher shares has at least the weight alpha_t."""
     prior: str = "labeled"
-    """Beyond the paper, for classes of unequal size: shares that pseudo-labels are aligned to. labeled: p_lb, as
-    published; teacher: half its answers', half the labels'; else a JSON file, {class: share or count}."""
+    """Beyond the paper, for unequal classes: the class shares that pseudo-labels are aligned to.
+    labeled: p_lb, as published; teacher: see teacher_shares; else a JSON file, {class: share}."""
 
 
 # ---------------------------------------------------------------------------- the method
 # Sizes: B labeled, B_u unlabeled examples a step, K classes. Functions that adamatch.py or
-# kd_fixmatch.py need too stand there word for word.
+# kd_fixmatch.py also need are repeated there, word for word.
 
 
 def lr_at(step: int, num_steps: int, warmup_steps: int) -> float:
-    """t / warmup up to the warm-up's end, then cos(7/16 pi * (t - warmup) / (T - warmup)): ends at 0.195.
+    """t / warmup in the warm-up, then cos(7/16 pi * (t - warmup) / (T - warmup)): ends at 0.195.
 
     Factor of the peak learning rate at step t of T. Source: ZM semilearn/core/utils/build.py."""
     if step < warmup_steps:
@@ -172,7 +189,7 @@ def align(probs: Tensor, p_lb: Tensor, p_ulb: Tensor) -> Tensor:
 
 
 def relative_threshold(probs_lb: Tensor, tau: float) -> Tensor:
-    """c_tau = tau * mean_i max_k probs_lb_ik, of the labeled batch before alignment. [B, K] -> scalar."""
+    """c_tau = tau * mean_i max_k probs_lb_ik, not aligned. [B, K] -> scalar."""
     return tau * probs_lb.max(dim=1).values.mean()
 
 
@@ -185,7 +202,7 @@ def hard_labels(probs: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tenso
 
 
 def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -> Tensor:
-    """loss_u = 1 / B_u * sum_i mask_i * CE(logits_ulb_s_i, pseudo_label_i); masked rows count in B_u.
+    """loss_u = 1 / B_u * sum_i mask_i * CE(logits_ulb_s_i, pseudo_label_i), B_u with masked rows.
 
     [B_u, K], [B_u] int64, [B_u] -> scalar."""
     return (F.cross_entropy(logits_ulb_s, pseudo_label, reduction="none") * mask).mean()
@@ -199,78 +216,77 @@ def loss_distillation(logits: Tensor, y_zs: Tensor) -> Tensor:
 
 
 def with_agreement(mask: Tensor, pseudo_label: Tensor, y_zs: Tensor, alpha_t: float) -> Tensor:
-    """max(mask_i, alpha_t) where pseudo_label_i = y_zs_i, else mask_i: two witnesses need no threshold.
+    """max(mask_i, alpha_t) where pseudo_label_i = y_zs_i, else mask_i: two witnesses agree.
 
-    Ramped, as right after stage 1 they are not independent: the head agrees with what it was taught, mistakes too.
-    [B_u] 0 or 1, [B_u] int64, [B_u] int64 (-1: no answer, agrees with none), in [0, 1] -> [B_u]. Not in the paper."""
+    Ramped, because right after stage 1 the head still echoes the teacher, mistakes included. Not in
+    the paper. [B_u] 0 or 1, [B_u] int64, [B_u] int64 (-1: no answer), in [0, 1] -> [B_u]."""
     return torch.where(pseudo_label == y_zs, mask.clamp(min=alpha_t), mask)
+
+
+def teacher_shares(y_zs: Tensor, y_lb: Tensor, K: int) -> Tensor:
+    """p_k = (share of class k among the teacher's answers + its share among the labels) / 2.
+
+    The labels keep a class that the teacher takes for another. Not in the paper.
+    [N] int64 (-1: no answer), [num_labels] int64 -> [K]."""
+    answers, labels = y_zs[y_zs >= 0].bincount(minlength=K), y_lb.bincount(minlength=K)
+    shares = answers / answers.sum().clamp(min=1) + labels / labels.sum()
+    return shares / shares.sum()
 
 
 # ---------------------------------------------------------------------------- training
 
 
 def train_stage1(
-    student: nn.Module, y_zs: Tensor, train: Views | TextViews, test: Views | TextViews, args: Args, run: Run
+    student: nn.Module, y_zs: Tensor, train: Views, test: Views, args: Args, run: Run
 ) -> nn.Module:
-    """Distillation warm-up: the main head learns y_zs [N] on weak views of all training examples.
-
-    Returns the network to evaluate and to go on with: the averaged copy where weights are averaged."""
-    optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
-    ema, scaler = Averaged(student, args.ema_decay), run.scaler()  # D4
+    """Distillation warm-up: the main head learns y_zs [N] on weak views of all training examples,
+    labeled or not. Returns the network to evaluate and to continue with."""
+    optimizer = optimizer_of(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
+    ema, scaler = average_of(student, args.ema_decay), run.scaler()  # D4
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, _ = run.restore(1, parts)
-    net = data_parallel(student)
-    num_steps, batch = args.num_steps_stage1, args.uratio * args.batch_size // PROCESSES
+    net, num_steps = data_parallel(student), args.num_steps_stage1
 
     for step in range(first_step, num_steps):
-        seed_step(args.seed, "stage 1", step)
+        seed_step(args.seed, "stage 1", step)  # so that a resumed run repeats the same step
         lr = args.lr * lr_at(step, num_steps, args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        idx = batch_at(len(train), batch, args.seed, step)
 
+        idx = batch_at(len(train), args.uratio * args.batch_size, args.seed, step)
         student.train()
         with run.autocast():
-            logits, _, _ = net(train.weak(idx))
-        logits = logits.float()
-        loss = loss_distillation(logits, y_zs[idx])
+            logits, _, _ = net(train.weak(idx))  # strong views would blur what the teacher saw
+        loss = loss_distillation(logits.float(), y_zs[idx])
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        ema.update()
+        ema.update_parameters(student)
 
-        run.log(1, step, num_steps, args.log_every, "loss {loss:.3f}", loss=loss, lr=lr)
-        evaluate = (step + 1) % args.eval_every == 0 or step + 1 == num_steps
-        if evaluate:
-            run.evaluated(1, step, accuracy(predict(ema.module, test, run.autocast), test.y))
-        if evaluate or run.save_due():
-            run.save(1, step, parts)
-    return ema.module  # D1
+        run.log(1, step, num_steps, "loss {loss:.3f}", loss=loss, lr=lr)
+        run.evaluate(1, step, num_steps, ema.module, test)  # every --eval-every steps, at the end
+        run.save(1, step, num_steps, parts)  # then, and every ten minutes
+    return ema.module  # the last weights, not the best-fitting ones: D1
 
 
 def train_stage2(
-    student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, y_zs: Tensor, train: Views | TextViews,
-    test: Views | TextViews, prior: Tensor | None, args: Args, run: Run,
+    student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, y_zs: Tensor, train: Views,
+    test: Views, prior: Tensor | None, args: Args, run: Run,
 ) -> nn.Module:  # fmt: skip
-    """AdaMatch on the main head, distillation on the auxiliary head.
+    """AdaMatch on the main head, distillation on the auxiliary head; returns what to evaluate.
 
-    labeled_idx [num_labels] are positions in `train`, y_lb_all their labels, y_zs [N] the teacher's.
-    prior [K]: shares of the classes in place of p_lb in the alignment; None: as published.
-    The unlabeled pool is all of `train`, the labeled examples included. train.y beyond the labeled
-    ones is read in the line that logs the pseudo-labels' accuracy, and nowhere else.
-    Returns the network to evaluate."""
-    optimizer = build_optimizer(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
-    ema, scaler = Averaged(student, args.ema_decay), run.scaler()  # D4
+    labeled_idx [num_labels]: positions in `train`; y_lb_all: their labels; y_zs [N]: the teacher's.
+    prior [K]: class shares in place of p_lb in the alignment; None: as published. The unlabeled
+    pool is all of `train`, labeled examples included; its true labels reach only run.log."""
+    optimizer = optimizer_of(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
+    ema, scaler = average_of(student, args.ema_decay), run.scaler()  # D4
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, state = run.restore(2, parts)
-    net = data_parallel(student)
-    K = student.num_classes
+    net, K = data_parallel(student), student.num_classes
     p_lb = state.get("p_lb", torch.full((K,), 1 / K, device=run.device))  # starts uniform
     p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
-    B = args.batch_size // PROCESSES  # here and below: the rows of this process
-    B_u = args.uratio * B
 
     for step in range(first_step, args.num_steps):
         seed_step(args.seed, "stage 2", step)
@@ -279,29 +295,35 @@ def train_stage2(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        at_lb = batch_at(len(labeled_idx), B, args.seed, step)
+        at_lb = batch_at(len(labeled_idx), args.batch_size, args.seed, step)
         idx_lb, y_lb = labeled_idx[at_lb], y_lb_all[at_lb]
-        idx_ulb = batch_at(len(train), B_u, args.seed, step)
+        idx_ulb = batch_at(len(train), args.uratio * args.batch_size, args.seed, step)
         x_lb, x_ulb_w, x_ulb_s = train.weak(idx_lb), train.weak(idx_ulb), train.strong(idx_ulb)
+        B, B_u = len(idx_lb), len(idx_ulb)  # under torchrun, this process's share
 
-        # One pass over all three: batch statistics are those of the joint batch. The weak view keeps
-        # its gradient, which only the auxiliary head uses.
+        # One pass over all three views, so that batch statistics are those of the joint batch. The
+        # weak view keeps its gradient, which only the auxiliary head uses.
         student.train()
         with run.autocast():
             logits, logits_kd, _ = net(join([x_lb, x_ulb_w, x_ulb_s]))
-        logits, logits_kd = logits.float(), logits_kd.float()  # thresholds and losses in float32
+        logits, logits_kd = logits.float(), logits_kd.float()  # a bfloat16 0.949 would pass 0.95
         logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
 
-        probs_lb, probs_ulb_w = logits_lb.detach().softmax(dim=1), logits_ulb_w.detach().softmax(dim=1)
-        p_lb = mean_over_processes(update_marginal(p_lb, probs_lb, args.marginal_decay))  # both before use
+        # Targets carry no gradient: the network must not lower loss_u by changing its own labels.
+        probs_lb = logits_lb.detach().softmax(dim=1)
+        probs_ulb_w = logits_ulb_w.detach().softmax(dim=1)
+        # Both marginals include this batch before they are used, as in the authors' code.
+        p_lb = mean_over_processes(update_marginal(p_lb, probs_lb, args.marginal_decay))
         p_ulb = mean_over_processes(update_marginal(p_ulb, probs_ulb_w, args.marginal_decay))
+        aligned = align(probs_ulb_w, p_lb if prior is None else prior, p_ulb)
+        # The threshold follows the confidence on labeled data: early steps keep some labels, too.
         c_tau = mean_over_processes(relative_threshold(probs_lb, args.tau))
-        pseudo_label, mask = hard_labels(align(probs_ulb_w, p_lb if prior is None else prior, p_ulb), c_tau)
+        pseudo_label, mask = hard_labels(aligned, c_tau)
         if args.agreement:
             mask = with_agreement(mask, pseudo_label, y_zs[idx_ulb], alpha_t)
-
         loss_s = F.cross_entropy(logits_lb, y_lb)
         loss_u = loss_consistency(logits_ulb_s, pseudo_label, mask)
+        # Weak views only: the auxiliary head repeats the teacher on what the teacher saw.
         loss_kd = loss_distillation(logits_kd[: B + B_u], torch.cat([y_zs[idx_lb], y_zs[idx_ulb]]))
         loss = loss_s + args.lambda_u * loss_u + args.lambda_p * alpha_t * loss_kd
 
@@ -309,82 +331,89 @@ def train_stage2(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        ema.update()
+        ema.update_parameters(student)
 
         run.log(
-            2, step, args.num_steps, args.log_every, LINE,
-            loss=loss, loss_s=loss_s, lambda_u=args.lambda_u, loss_u=loss_u, kd_weight=args.lambda_p * alpha_t,
-            loss_kd=loss_kd, mask_rate=mask.mean(), c_tau=c_tau, alpha_t=alpha_t, lr=lr,
-            pseudo_label=pseudo_label, mask=mask, **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
+            2, step, args.num_steps, LINE, pseudo_label, mask,
+            loss=loss, loss_s=loss_s, lambda_u=args.lambda_u, loss_u=loss_u,
+            kd_weight=args.lambda_p * alpha_t, loss_kd=loss_kd, mask_rate=mask.mean(), c_tau=c_tau,
+            alpha_t=alpha_t, lr=lr, **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
             agree_teacher=pseudo_label_accuracy(pseudo_label, mask, y_zs[idx_ulb])["pl_acc"],
         )  # fmt: skip
-        evaluate = (step + 1) % args.eval_every == 0 or step + 1 == args.num_steps
-        if evaluate:
-            run.evaluated(2, step, accuracy(predict(ema.module, test, run.autocast), test.y))
-        if evaluate or run.save_due():
-            run.save(2, step, parts, p_lb=p_lb, p_ulb=p_ulb)
+        run.evaluate(2, step, args.num_steps, ema.module, test)  # as in stage 1
+        run.save(2, step, args.num_steps, parts, p_lb=p_lb, p_ulb=p_ulb)
     return ema.module
 
 
 LINE = (
-    "loss {loss:.3f} = s {loss_s:.3f} + {lambda_u:g}*u {loss_u:.3f} + {kd_weight:.2f}*kd {loss_kd:.3f}"
-    " | mask {mask_rate:.2f} c_tau {c_tau:.2f} pl_acc {pl_acc_masked:.1f}"
+    "loss {loss:.3f} = s {loss_s:.3f} + {lambda_u:g}*u {loss_u:.3f} + {kd_weight:.2f}*kd "
+    "{loss_kd:.3f} | mask {mask_rate:.2f} c_tau {c_tau:.2f} pl_acc {pl_acc_masked:.1f}"
 )
 
 # ---------------------------------------------------------------------------- main
 
 
+def prior_from_file(path: str, classes: list[str]) -> Tensor:
+    """Class shares [K], sum 1, from a JSON file {class: share or count}. Raises UserError."""
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        shares = torch.tensor([float(given.pop(name)) for name in classes])
+        assert not given and (shares > 0).all() and shares.sum().isfinite()
+        return shares / shares.sum()
+    except Exception:  # a file of any content
+        expected = f'{{"{classes[0]}": 0.25, ...}} with a positive number for each class'
+        message = f"--prior {path}: expected labeled, teacher, or a JSON file {expected}"
+        raise UserError(message) from None
+
+
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
     preset = preset_of(args.dataset, args.backbone)
-    args = replace(args, **fill_from_preset(vars(args), preset))
-    check_arguments(vars(args))
-    device, dtype = setup_device(args.device, args.amp, args.backbone)
-    data = load_data(args.dataset, args.data_dir, args.test_file)
-    labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
+    args = Args(**resolve(vars(args), preset))
     if args.stages == "1" and (args.agreement or args.prior != "labeled"):
-        raise UserError("--agreement and --prior change stage 2 only; leave them out with --stages 1")
-    if args.pseudolabels_test and not args.pseudolabels:
-        raise UserError("--pseudolabels-test needs --pseudolabels")
+        raise UserError("--agreement and --prior change stage 2; leave them out with --stages 1")
+    device, dtype = setup_device(args.device, args.amp, args.backbone)
+    data = load_data(args.dataset, args.data_dir, args.test_file, args.backbone)
+    K, prior = len(data.classes), None
+    labeled = draw_labeled(data.train.y, args.num_labels, K, args.seed)
+    if args.prior not in ("labeled", "teacher"):  # read before a teacher is put to work
+        prior = prior_from_file(args.prior, data.classes).to(device)
+
     if not args.pseudolabels:
-        found = [p and str(p) for p in default_labels(data, args.data_dir, args.dataset, args.test_file)]  # or None
-        args = replace(args, pseudolabels=found[0], pseudolabels_test=found[1])  # kept in args.json
+        found = default_labels(data, args.data_dir, args.dataset, args.test_file)
+        args.pseudolabels, test_file = (path and str(path) for path in found)
+        args.pseudolabels_test = args.pseudolabels_test or test_file
     zero_shot, _ = read_labels(args.pseudolabels, data, "train")
     teacher_acc = None
     if args.pseudolabels_test:
-        teacher_acc = 100 * float((read_labels(args.pseudolabels_test, data, "test")[0] == data.test.y).mean())
-
-    prior = class_shares(args.prior, data.classes, zero_shot, data.train.y[labeled], device)
+        test_labels, _ = read_labels(args.pseudolabels_test, data, "test")
+        teacher_acc = 100 * float((test_labels == data.test.y).mean())
+    y_zs, y_lb_all = (torch.from_numpy(y).to(device) for y in (zero_shot, data.train.y[labeled]))
+    if args.prior == "teacher":
+        prior = teacher_shares(y_zs, y_lb_all, K)
     test_part, measured = measured_part(data, zero_shot)
     name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
-    run = Run(args.runs_dir, name, asdict(args), device, dtype)
-    run.describe(data, labeled, vars(args), measured, zero_shot, prior)
-    train, test = (make_views(part, preset, args.backbone, device, args.data_dir) for part in (data.train, test_part))
-    y_zs = torch.from_numpy(zero_shot).to(device)
-    labeled_idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
+    run = Run(name, asdict(args), device, dtype)
+    run.describe(data, labeled, measured, zero_shot, prior)
+    train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
 
     seed_step(args.seed, "weights", 0)
-    student = build_student(args.backbone, len(preset.mean), preset.size, len(data.classes)).to(device)
-    load_weights(student.encoder, args.backbone, args.weights)
+    student = build_student(args.backbone, preset, K, weights=args.weights).to(device)
     if args.compile:
         student.compile()
     if args.stages != "2" and run.state["stage"] < 2:
         evaluated = train_stage1(student, y_zs, train, test, args, run)
-        student.load_state_dict(evaluated.state_dict())  # stage 2 inherits encoder and main head ...
+        student.load_state_dict(evaluated.state_dict())  # stage 2 inherits encoder, main head ...
     if args.stages != "1":
         seed_step(args.seed, "auxiliary head", 0)
-        student.add_kd_head()  # ... while auxiliary head, optimizer, schedule and marginals are new
-        evaluated = train_stage2(student, labeled_idx, y_lb_all, y_zs, train, test, prior, args, run)
+        student.add_kd_head()  # ... while auxiliary head, optimizer, schedule, marginals are new
+        lb = torch.from_numpy(labeled), y_lb_all
+        evaluated = train_stage2(student, *lb, y_zs, train, test, prior, args, run)
 
-    save_student(run.folder / "student", evaluated, student_config(args.dataset, args.backbone, preset, data.classes))
-    result = run.result(stage=1 if args.stages == "1" else 2) | {"teacher_acc": teacher_acc, "measured": measured}
-    result["stage1_acc"] = run.result(stage=1)[measured]
-    run.write_json("result.json", result | {"args": asdict(args)})
-    print(f"\n{data.name}, {len(labeled)} labels: {MEASURED[measured][1]} ({len(test)}), last evaluation")
-    accs = {"teacher (zero-shot)": teacher_acc, "stage 1 (pseudo-supervision)": result["stage1_acc"]}
-    for name, acc in (accs | ({} if args.stages == "1" else {"stage 2 (ZeroMatch)": result[measured]})).items():
-        print(f"  {name:30} {'not known' if acc is None else f'{acc:.2f} %'}")
-    return result
+    stage, acc1 = 1 if args.stages == "1" else 2, run.accuracy(1)
+    lines = {"teacher (zero-shot)": teacher_acc, "stage 1 (pseudo-supervision)": acc1}
+    lines |= {"stage 2 (ZeroMatch)": run.accuracy(2)} if stage == 2 else {}
+    return run.finish(stage, evaluated, preset, lines, teacher_acc=teacher_acc, stage1_acc=acc1)
 
 
 if __name__ == "__main__":

@@ -17,28 +17,35 @@ import common
 import pseudolabel
 from pseudolabel import Args, parse_answer, read_labels, read_rows
 
+CLASSES_21 = "abcdefghijklmnopqrstu"
 CLASSES = ["very negative", "negative", "positive", "railway", "railway station"]
 
 
-def text_data(texts=("so good", "bad, very bad, the worst of all", "trains"), classes=CLASSES, y=None):
+def text_data(texts=("so good", "bad, very bad, the worst", "trains"), classes=CLASSES, y=None):
     y = np.full(len(texts), -1) if y is None else np.array(y)
-    return common.Data("reviews", list(classes), common.TextSplit(list(texts), None, y), None)
+    return common.Data("reviews", list(classes), common.Split(np.array(texts, object), y), None)
 
 
-def image_data(n=6, channels=3, size=8, y=None, name="pictures", classes=("cat", "dog", "cow_boy")):
+def image_data(n=6, channels=3, size=8, y=None, classes=("cat", "dog", "cow_boy")):
     x = np.random.RandomState(0).randint(0, 256, (n, channels, size, size)).astype(np.uint8)
     part = common.Split(x, np.array(y if y is not None else [i % 3 for i in range(n)]))
-    return common.Data(name, list(classes), part, None)
+    return common.Data("pictures", list(classes), part, None)
 
 
 def made_up(path, data, split="train", rows=None, header=()):
     """A label file with class i % K for example i."""
-    part, k = data.part(split), len(data.classes)
+    n, k = len(data.part(split)), len(data.classes)
     head = pseudolabel.header_of(data, split, "made up", "none") | dict(header)
-    rows = [{"index": i, "label": i % k} for i in range(len(part))] if rows is None else rows
+    rows = [{"index": i, "label": i % k} for i in range(n)] if rows is None else rows
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in [head, *rows]))
     return path
+
+
+def import_args(tmp_path, labels):
+    np.save(tmp_path / "in.npy", labels)
+    output = str(tmp_path / "l.jsonl")
+    return Args(teacher="import", input=str(tmp_path / "in.npy"), output=output)
 
 
 # ---------------------------------------------------------------------------- the label file
@@ -46,28 +53,24 @@ def made_up(path, data, split="train", rows=None, header=()):
 
 def test_labels_written_are_labels_read(tmp_path):
     data, probs = image_data(), np.random.RandomState(1).dirichlet([1, 1, 1], 6)
-    pseudolabel.write_labels(tmp_path / "a" / "b.jsonl", pseudolabel.header_of(data, "train", "t", "m"), probs)
-    labels, read = read_labels(tmp_path / "a" / "b.jsonl", data, "train")
+    path = tmp_path / "a" / "b.jsonl"
+    pseudolabel.write_labels(path, pseudolabel.header_of(data, "train", "t", "m"), probs)
+    labels, read = read_labels(path, data, "train")
     assert np.array_equal(labels, probs.argmax(axis=1)) and np.abs(read - probs).max() < 1e-5
 
 
 def test_order_abstentions_missing_probs_and_billed_tokens_are_understood(tmp_path):
-    rows = [
-        {"index": 2, "label": None},
-        {"usage": [7, 1]},
-        {"index": 0, "label": 1, "probs": [0.1, 0.8, 0.1]},
-    ]
+    rows = [{"index": 2, "label": None}, {"usage": [7, 1]}]
+    rows += [{"index": 0, "label": 1, "probs": [0.1, 0.8, 0.1]}]
+    rows += [{"index": 1, "label": 0, "raw": "\u2028 {\n", "usage": [1, 0]}]
     data = image_data(3)
-    path = made_up(tmp_path / "l.jsonl", data, rows=[*rows, {"index": 1, "label": 0, "raw": "\u2028 {\n"}])
-    labels, probs = read_labels(path, data, "train")
+    labels, probs = read_labels(made_up(tmp_path / "l.jsonl", data, rows=rows), data, "train")
     assert labels.tolist() == [1, 0, -1] and probs is None
 
 
 def test_a_file_cut_anywhere_is_continued_to_the_same_labels(tmp_path):
-    """At every byte of a small file: what stands in whole lines stays, the rest is labeled again."""
-    data, path = image_data(4), tmp_path / "l.jsonl"
-    np.save(tmp_path / "labels.npy", [2, 0, -1, 1])
-    args = Args(teacher="import", input=str(tmp_path / "labels.npy"), output=str(path))
+    """At every byte of a small file: whole lines stay, the rest is labeled again."""
+    data, path, args = image_data(4), tmp_path / "l.jsonl", import_args(tmp_path, [2, 0, -1, 1])
     pseudolabel.label(data, args)
     whole = path.read_bytes()
     header_end = whole.index(b"\n") + 1
@@ -75,7 +78,7 @@ def test_a_file_cut_anywhere_is_continued_to_the_same_labels(tmp_path):
         path.write_bytes(whole[:length])
         pseudolabel.label(data, args)
         assert path.read_bytes() == whole
-    path.write_bytes(whole[: header_end - 5])  # no label file as far as one can tell: it may be anything of the user's
+    path.write_bytes(whole[: header_end - 5])  # it may be anything of the user's
     with pytest.raises(common.UserError, match="expected a first line"):
         pseudolabel.label(data, args)
     assert path.read_bytes() == whole[: header_end - 5]
@@ -87,9 +90,9 @@ def test_a_file_cut_anywhere_is_continued_to_the_same_labels(tmp_path):
         ({"dataset": "others"}, "dataset 'others', expected 'pictures'"),
         ({"split": "test"}, "split 'test'"),
         ({"num_examples": 5}, "num_examples 5, expected 6"),
-        ({"classes": ["dog", "cat", "cow_boy"]}, "another order of them"),
-        ({"fingerprint": {"order": "1", "content": "2"}}, "other examples"),
-        ({"fingerprint": None}, "other examples"),
+        ({"classes": ["dog", "cat", "cow_boy"]}, "classes .*dog.*expected .*cat"),
+        ({"fingerprint": {"order": "1", "content": "2"}}, "fingerprint .*expected .*content"),
+        ({"fingerprint": None}, "fingerprint None"),
         ({"format": "x"}, "expected a first line"),
     ],
 )
@@ -99,27 +102,24 @@ def test_a_file_of_other_data_is_refused_with_the_reason(tmp_path, change, messa
         read_labels(made_up(tmp_path / "l.jsonl", data, header=change), data, "train")
 
 
-def test_the_same_examples_in_another_order_are_told_from_others(tmp_path):
+def test_the_same_examples_in_another_order_are_refused(tmp_path):
     data, turned = image_data(), image_data()
     turned.train.x = turned.train.x[::-1]
-    with pytest.raises(common.UserError, match="the same examples in another order"):
+    with pytest.raises(common.UserError, match="made for fingerprint"):
         read_labels(made_up(tmp_path / "l.jsonl", turned), data, "train")
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"index": 9, "label": 0}, "line 5 has index 9"),
-        ({"index": 0, "label": 0}, "line 5 has index 0, expected each"),
-        ({"index": -1, "label": 0}, "index -1"),
-        ({"index": 2.0, "label": 0}, "index 2.0"),
-        ({"index": True, "label": 0}, "index True"),
-        ({"label": 0}, "index None"),
-        ({"index": 3, "label": 3}, "label 3, expected 0 to 2 or null"),
-        ({"index": 3, "label": "cat"}, "label 'cat'"),
-        ({"index": 3}, "label -2"),
-        ({"index": 3, "label": 0, "probs": [1]}, "no list of 3 probabilities"),
-        ({"index": 3, "label": 0, "probs": ["a", 0, 0]}, "no list of 3 probabilities"),
+        *[(row, "line 5 is damaged or not unique: .*") for row in (
+            {"index": 9, "label": 0}, {"index": 0, "label": 0}, {"index": -1, "label": 0},
+            {"index": 2.0, "label": 0}, {"index": True, "label": 0}, {"label": 0}, {"index": 3},
+            {"index": 3, "label": 3}, {"index": 3, "label": "cat"}, {"index": 3, "label": -1},
+            {"index": 3, "label": 0, "probs": [1]}, {"index": 3, "label": 0, "probs": ["a", 0, 0]},
+            {"index": 3, "label": 0, "probs": [0, 0, 2]}, {"index": 3, "label": 0, "usage": [1]},
+            {"usage": [1, -1]}, {"usage": [1.5, 1]}, {"raw": "?"},
+        )],  # fmt: skip
         ([3, 0], "not a JSON object"),
         ({"index": 3, "label": 0}, "2 of 6 examples have no label yet"),
     ],
@@ -134,28 +134,26 @@ def test_a_damaged_or_incomplete_file_is_one_clear_line(tmp_path, row, message):
 
 def test_a_file_made_in_another_way_is_not_continued(tmp_path):
     data, path = text_data(), tmp_path / "l.jsonl"
-    tiny_models.seq2seq_model(tmp_path / "t5")
-    args = dict(teacher="text", model=str(tmp_path / "t5"), output=str(path), device="cpu", dry_run=1)
+    folder = str(tiny_models.seq2seq_model(tmp_path / "t5"))
+    args = dict(teacher="text", model=folder, output=str(path), device="cpu", dry_run=1)
     pseudolabel.label(data, Args(**args))
     (tmp_path / "prompt").write_text("{text}? {options}")
-    for change, key in (
-        (dict(prompt=str(tmp_path / "prompt")), "prompt"),
-        (dict(order_swaps=2), "settings"),
-        (dict(model="other"), "model"),
-    ):
+    changes = {"prompt": str(tmp_path / "prompt"), "settings": 2, "model": "other"}
+    for key, value in changes.items():
         before = path.read_bytes()
-        with pytest.raises(common.UserError, match=f"another {key}"):
-            pseudolabel.label(data, Args(**{**args, **change}))
+        with pytest.raises(common.UserError, match=f"made for {key}"):
+            flag = "max_chars" if key == "settings" else key
+            pseudolabel.label(data, Args(**{**args, flag: value}))
         assert path.read_bytes() == before
 
 
 def test_a_file_without_rows_starts_anew(tmp_path):
-    data, path = text_data(), tmp_path / "l.jsonl"
+    data, args = text_data(), dict(teacher="text", output=str(tmp_path / "l.jsonl"))
     with pytest.raises(common.UserError, match="nowhere: .*could not load it"):
-        pseudolabel.label(data, Args(teacher="text", model=str(tmp_path / "nowhere"), output=str(path)))
-    tiny_models.seq2seq_model(tmp_path / "t5")
-    pseudolabel.label(data, Args(teacher="text", model=str(tmp_path / "t5"), output=str(path)))
-    assert read_labels(path, data, "train")[1].shape == (3, 5)
+        pseudolabel.label(data, Args(**args, model=str(tmp_path / "nowhere")))
+    folder = str(tiny_models.seq2seq_model(tmp_path / "t5"))
+    pseudolabel.label(data, Args(**args, model=folder))
+    assert read_labels(tmp_path / "l.jsonl", data, "train")[1].shape == (3, 5)
 
 
 def test_two_processes_do_not_write_to_one_file(tmp_path):
@@ -169,58 +167,52 @@ def test_two_processes_do_not_write_to_one_file(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_keeps_whole_lines(tmp_path):
-    data, path = image_data(100), tmp_path / "l.jsonl"
-    np.save(tmp_path / "labels.npy", np.arange(100) % 3)
-    args = Args(teacher="import", input=str(tmp_path / "labels.npy"), output=str(path))
+    data, args = image_data(100), import_args(tmp_path, np.arange(100) % 3)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(common.UserError, match="could not write.*whole lines stay"):
+        with pytest.raises(common.UserError, match="could not write all.*make room"):
             pseudolabel.label(data, args)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert 0 < len(read_rows(path)[1]) < 100
+    assert 0 < len(read_rows(tmp_path / "l.jsonl")[1]) < 100
     pseudolabel.label(data, args)
-    assert np.array_equal(read_labels(path, data, "train")[0], np.arange(100) % 3)
+    labels, _ = read_labels(tmp_path / "l.jsonl", data, "train")
+    assert np.array_equal(labels, np.arange(100) % 3)
 
 
 # ---------------------------------------------------------------------------- answers
 
-FLOWERS = ["rose", "pink primrose", "marigold", "english marigold", "lenten rose", "tree mallow", "mallow"]
+FLOWERS = "rose,pink primrose,marigold,english marigold,lenten rose,tree mallow,mallow".split(",")
 
 
 @pytest.mark.parametrize(
     "answer, classes, label",
     [
         *[(name, FLOWERS, name) for name in FLOWERS],
-        ("It is a Pink Primrose.", FLOWERS, "pink primrose"),
-        ("pink primrose, not a rose", FLOWERS, None),
-        ("a rose or a mallow", FLOWERS, None),
-        ("primrose", FLOWERS, None),
-        ("", FLOWERS, None),
-        ("no idea", FLOWERS, None),
-        ("**The rose**", FLOWERS, "rose"),
-        ("'English marigold'.\n", FLOWERS, "english marigold"),
-        ("rose rose", FLOWERS, "rose"),
+        ("It is a Pink Primrose.", FLOWERS, "pink primrose"), ("**The rose**", FLOWERS, "rose"),
+        ("pink primrose, not a rose", FLOWERS, None), ("a rose or a mallow", FLOWERS, None),
+        ("primrose", FLOWERS, None), ("", FLOWERS, None), ("no idea", FLOWERS, None),
+        ("'English marigold'.\n", FLOWERS, "english marigold"), ("rose rose", FLOWERS, "rose"),
+        ("It's a 1: TREE_MALLOW!\n", FLOWERS, "tree mallow"),
         ("It looks like a porcupine", ["cup", "porcupine"], "porcupine"),
-        ("woman", ["man", "woman"], "woman"),
+        ("woman", ["man", "woman"], "woman"), ("very bad", ["very bad", "bad"], "very bad"),
         ("railway_station", ["railway", "railway_station"], "railway_station"),
         ("A railway station!", ["railway", "railway_station"], "railway_station"),
-        ("very negative", ["very negative", "negative"], "very negative"),
-        ("Sci/Tech", ["World", "Sci/Tech"], "Sci/Tech"),
-        ("t-shirt / top", ["T-shirt/top", "Dress"], "T-shirt/top"),
-        ("C++", ["C", "C++", "C#"], "C++"),
-        ("an A", ["A", "B"], "A"),
-        ("B", ["A", "B"], "B"),
-        ("naïve Übermut", ["übermut", "mut"], "übermut"),
+        ("Sci/Tech", ["World", "Sci/Tech"], "Sci/Tech"), ("C++", ["C", "C++", "C#"], "C++"),
+        ("t-shirt / top", ["T-shirt/top", "Dress"], "T-shirt/top"), ("#", ["#", "C"], "#"),
+        ("an A", ["A", "B"], "A"), ("B", ["A", "B"], "B"), ("it is C or C++", ["C", "C++"], None),
+        ("na\u00efve \u00dcbermut", ["\u00fcbermut", "mut"], "\u00fcbermut"),
         ('{"label": "sports"}', ["world", "sports"], "sports"),
+        ('{"label": "sports', ["world", "sports"], "sports"),
+        ('{"label": "\\q sports"}', ["world", "sports"], "sports"),
+        ('{"label": null}', ["world", "null"], "null"), ("{" * 10_000 + " a", ["a", "b"], "a"),
         ('```json\n{"reason": "world", "label": "sports"}\n```', ["world", "sports"], "sports"),
-        ('{"label": "caf\\u00e9"}', ["café", "bar"], "café"),
+        ('{"label": "caf\\u00e9"}', ["caf\u00e9", "bar"], "caf\u00e9"),
         ("<think>world? no</think>\nsports", ["world", "sports"], "sports"),
-        ("7", [str(d) for d in range(10)], "7"),
-        ("pink rose mallow", ["pink rose", "rose mallow"], None),
+        ("7", list("0123456789"), "7"), ("pink rose mallow", ["pink rose", "rose mallow"], None),
     ],
-)
+)  # fmt: skip
 def test_answers_are_exact_labels_else_the_longest_whole_words_else_nothing(answer, classes, label):
     assert parse_answer(answer, classes) == (None if label is None else classes.index(label))
 
@@ -228,9 +220,9 @@ def test_answers_are_exact_labels_else_the_longest_whole_words_else_nothing(answ
 @pytest.mark.parametrize(
     "answer, label",
     [
-        ("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("B) sports", 1), ("Answer: B", 1), ("The answer is B.", 1),
-        ("2", 1), ("2.", 1), ("B: because of A", None), ("A or B", 1), ("Z", None), ("9", None), ("A cat", None),
-        ("sports", 1), ("C) sports", 1), ("bb", None), ("0", None),
+        ("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("B) sports", 1), ("Answer: B", 1),
+        ("The answer is B.", 1), ("2", None), ("B: because of A", None), ("A or B", 1), ("Z", None),
+        ("A cat", None), ("sports", 1), ("C) sports", 1), ("bb", None), ("AB", None), ("", None),
     ],
 )  # fmt: skip
 def test_lettered_options_are_understood_by_their_mark(answer, label):
@@ -239,34 +231,13 @@ def test_lettered_options_are_understood_by_their_mark(answer, label):
         assert parse_answer(answer, ["world", "sports", "business"]) is None
 
 
-def test_a_number_is_no_mark_where_classes_are_numbers():
-    digits = [str(d) for d in range(10)]
-    assert parse_answer("10", digits, lettered=True) is None and parse_answer("C", digits, lettered=True) == 2
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_a_label_is_found_behind_any_case_quotes_articles_and_chatter(seed):
-    rng = random.Random(seed)
-
-    def word():
-        return "".join(rng.choices("abcde", k=rng.randint(2, 4)))
-
-    names = sorted({" ".join(word() for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(2, 8))})
-    name = rng.choice(names)
-    before = rng.choice(["", "the ", "A ", '"', "**", "It's a 1: "])
-    after = rng.choice(["", ".", '"', "**", "!\n"])
-    written = rng.choice([name, name.upper(), name.title(), name.replace(" ", "_")])
-    assert parse_answer(before + written + after, names) == names.index(name)
-
-
 @pytest.mark.parametrize("seed", range(200))
 def test_no_answer_breaks_the_parser(seed):
     rng = random.Random(seed)
 
     def text(low, high):
-        return "".join(
-            chr(rng.choice([rng.randint(0, 127), rng.randint(0, 0xD7FF)])) for _ in range(rng.randint(low, high))
-        )
+        ends = rng.choices([127, 0xD7FF], k=rng.randint(low, high))
+        return "".join(chr(rng.randint(0, end)) for end in ends)
 
     classes = sorted({text(1, 6) for _ in range(rng.randint(1, 5))})
     answer = rng.choice([text(0, 30), text(0, 5) + rng.choice(classes) + text(0, 5)])
@@ -289,7 +260,9 @@ def numpy_1(path):
     with zipfile.ZipFile(path) as made, zipfile.ZipFile(old, "w") as out:
         for name in made.namelist():
             content = made.read(name)
-            out.writestr(name, content.replace(b"numpy._core", b"numpy.core") if name.endswith("data.pkl") else content)
+            if name.endswith("data.pkl"):
+                content = content.replace(b"numpy._core", b"numpy.core")
+            out.writestr(name, content)
     assert old.read_bytes() != path.read_bytes()
     return old
 
@@ -308,11 +281,12 @@ def test_the_layout_of_the_authors_cifar_clip(tmp_path):
 
 @pytest.mark.parametrize("same_order", [True, False])
 def test_the_layout_of_the_authors_framed_clip(tmp_path, same_order):
-    """Labels are names; columns of probs may be in another order of classes and are then of no use."""
+    """Labels are names; columns of probs in another order of classes are left out."""
     data, probs = image_data(), np.eye(3)[[0, 1, 2, 2, 1, 0]] * 0.8 + 0.1
     names = np.array(["cat", "dog", "cow boy"])
     content = {
-        "decoded_predictions": None, "decoded_predictions_processed": names[probs.argmax(axis=1)].tolist(),
+        "decoded_predictions": None,
+        "decoded_predictions_processed": names[probs.argmax(axis=1)].tolist(),
         "decoded_labels": names[data.train.y].astype(object), "embedding": np.zeros((6, 2)),
         "probs": probs if same_order else probs[:, ::-1].copy(),
     }  # fmt: skip
@@ -322,10 +296,11 @@ def test_the_layout_of_the_authors_framed_clip(tmp_path, same_order):
 
 
 def test_the_layout_of_the_authors_language_models(tmp_path):
-    """Raw answers are read again: the published parser had made "rose" of the first and a default of the third."""
+    """Raw answers are matched again: the published parser made "rose" of the first."""
     data = text_data(["a", "b", "c"], FLOWERS, y=[1, 0, 2])
     content = {
-        "decoded_predictions": ["Pink primrose.", "rose", "I do not know"], "f1": np.float64(0.1), "accuracy": 0.3,
+        "decoded_predictions": ["Pink primrose.", "rose", "I do not know"],
+        "f1": np.float64(0.1), "accuracy": 0.3,
         "decoded_predictions_processed": ["rose", "rose", "rose"],
         "decoded_labels": ["pink primrose", "rose", "marigold"],
     }  # fmt: skip
@@ -335,7 +310,7 @@ def test_the_layout_of_the_authors_language_models(tmp_path):
     assert read_rows(tmp_path / "p.pt.jsonl")[1][0]["raw"] == "Pink primrose."
     content["decoded_labels"] = ["rose", "pink primrose", "marigold"]
     torch.save(content, tmp_path / "q.pt")
-    with pytest.raises(common.UserError, match="its true labels are not reviews's train part's"):
+    with pytest.raises(common.UserError, match="its true labels are not those of reviews"):
         imported(data, tmp_path / "q.pt", tmp_path)
 
 
@@ -345,13 +320,6 @@ class Hostile:
 
     def __reduce__(self):
         return self.call
-
-
-def numpy_pickles(hostile):
-    """Places where a pickle inside NumPy's own would be run by an unsafe reader."""
-    array = np.array([None], dtype=object)
-    array[0] = hostile
-    yield from ({"probs": array}, {"pred_labels": hostile}, hostile, [hostile], {"metrics": {hostile: 1}})
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -364,7 +332,9 @@ def test_a_hostile_file_executes_nothing(tmp_path, number, kind):
         "load": Hostile(pickle.loads, pickle.dumps(Hostile(os.system, f"touch {mark}"))),
         "getattr": Hostile(getattr, "text", "upper"),
     }[kind]
-    content = list(numpy_pickles(hostile))[number]
+    array = np.array([hostile], dtype=object)  # a pickle inside NumPy's own
+    places = {"probs": array}, {"pred_labels": hostile}, hostile, [hostile], {"m": {hostile: 1}}
+    content = places[number]
     torch.save(content, tmp_path / "new.pt")
     torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(content))
@@ -405,11 +375,11 @@ def test_csv_with_names_numbers_or_nothing(tmp_path, lines, labels):
     "name, content, message",
     [
         ("l.csv", "label\ndog\n", "1 labels, but pictures's train part has 4"),
-        ("l.csv", "label\ncat\ndog\nhen\ncat\n", "could not be read"),
+        ("l.csv", "label\ncat\ndog\nhen\ncat\n", "could not be read: expected names"),
         ("l.csv", "label\n0\n1\n2\n3\n", "label 3, expected -1 to 2"),
         ("l.csv", "name\ncat\n", "could not be read"),
         ("l.csv", "", "0 labels, but"),
-        ("l.csv", "index,label\n0,cat\n0,cat\n1,cat\n2,cat\n", "every index"),
+        ("l.csv", "index,label\n0,cat\n0,cat\n1,cat\n2,cat\n", "could not be read"),
         ("l.txt", "cat", "could not be read"),
         ("l.pt", "cat", "could not be read"),
     ],
@@ -429,7 +399,8 @@ def labeled(data, tmp_path, **changes):
     out = tmp_path / f"{random.random()}.jsonl"
     pseudolabel.label(data, Args(**{"output": str(out), "device": "cpu", **changes}))
     labels, probs = read_labels(out, data, "train")
-    assert np.array_equal(labels, probs.argmax(axis=1)) and np.allclose(probs.sum(axis=1), 1, atol=1e-3)
+    assert np.array_equal(labels, probs.argmax(axis=1))
+    assert np.allclose(probs.sum(axis=1), 1, atol=1e-3)
     return probs
 
 
@@ -450,8 +421,8 @@ def test_clip_agrees_with_the_model_asked_image_by_image(tmp_path, kind, channel
     phrases = [f"This is a photo of {name}." for name in ("cat", "dog", "cow boy")]
     for x, row in zip(data.train.x, probs, strict=True):
         image = np.moveaxis(np.repeat(x, 3 // channels, axis=0), 0, 2)
-        padding = "max_length" if kind == "siglip" else True
-        inputs = processor(text=phrases, images=[image], return_tensors="pt", padding=padding, max_length=64)
+        style = {"padding": "max_length" if kind == "siglip" else True, "max_length": 64}
+        inputs = processor(text=phrases, images=[image], return_tensors="pt", **style)
         with torch.no_grad():
             expected = model(**inputs).logits_per_image.softmax(dim=1)[0]
         assert row == pytest.approx(expected.numpy(), abs=1e-3)
@@ -462,29 +433,28 @@ def test_clip_averages_an_ensemble_of_templates_and_takes_descriptions(tmp_path)
     folder, data = str(tiny_models.clip_model(tmp_path / "clip")), image_data()
 
     def with_prompt(text):
-        (tmp_path / "prompt").write_text(text)
-        return labeled(data, tmp_path, teacher="clip", model=folder, prompt=str(tmp_path / "prompt"))
+        path = tmp_path / "prompt"
+        path.write_text(text)
+        return labeled(data, tmp_path, teacher="clip", model=folder, prompt=str(path))
 
     one, two = with_prompt("a {label}"), with_prompt("the drawing of some {label}!")
     assert np.abs(with_prompt("a {label}\n\n a {label}".replace(" a", "a")) - one).max() < 1e-4
     both = with_prompt("a {label}\nthe drawing of some {label}!")
     assert np.abs(both - one).max() > 1e-3 and np.abs(both - two).max() > 1e-3
     assert np.abs(with_prompt("a cat\na dog\na cow boy") - one).max() < 1e-4
-    with pytest.raises(common.UserError, match="or 3 lines"):
+    with pytest.raises(common.UserError, match="or 3, one per class"):
         with_prompt("a cat\na dog")
 
 
 def test_the_command_line_labels_digits_by_a_clip_folder(tmp_path, monkeypatch, capsys):
     """main() from beginning to end, the second run finding nothing to do."""
     folder = str(tiny_models.clip_model(tmp_path / "clip"))
-    args = Args(dataset="digits", split="test", teacher="clip", model=folder, data_dir=str(tmp_path), batch_size=100)
+    args = Args("digits", split="test", teacher="clip", model=folder, data_dir=str(tmp_path))
     result = pseudolabel.main(args)
     assert result["path"] == str(tmp_path / "labels" / "digits-test-clip.jsonl")
-    assert result["labeled"] == result["known"] == result["with_probs"] == 500 and result["abstentions"] == 0
-    low, high = result["interval"]
-    assert low < result["accuracy"] < high
+    assert result["labeled"] == result["known"] == result["with_probs"] == 500
     header = read_rows(Path(result["path"]))[0]
-    assert header["model"] == folder and header["prompt"] == "This is a photo of {label}." and header["prompt_hash"]
+    assert header["model"] == folder and header["prompt"] == "This is a photo of {label}."
     assert f"accuracy {result['accuracy']:.2f} % (95 % interval" in capsys.readouterr().out
     before = Path(result["path"]).read_bytes()
     monkeypatch.setattr(pseudolabel, "load_pretrained", None)
@@ -492,29 +462,27 @@ def test_the_command_line_labels_digits_by_a_clip_folder(tmp_path, monkeypatch, 
 
 
 def one_by_one(folder, prompts, answers, special, end):
-    """P(answer | prompt) of every pair by itself: no batch, no padding, no cache; scaled over answers."""
+    """P(answer | prompt) of each pair alone: no batch, no padding, no cache; scaled to sum 1."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    tokenizer, rows = AutoTokenizer.from_pretrained(folder), []
-    seq2seq = "t5" in str(folder)
-    model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32)
+    tokenizer, rows, seq2seq = AutoTokenizer.from_pretrained(folder), [], "t5" in str(folder)
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32)
     for prompt in prompts:
         scores = []
         for answer in answers:
-            ids = (
-                tokenizer(answer, add_special_tokens=False).input_ids
-                + tokenizer(end, add_special_tokens=False).input_ids
-            )
+            parts = [tokenizer(part, add_special_tokens=False).input_ids for part in (answer, end)]
+            ids = sum(parts, [])
             assert ids[-1] != tokenizer.unk_token_id
             first = tokenizer(prompt, add_special_tokens=special).input_ids
             with torch.no_grad():
                 if seq2seq:
-                    start = [model.config.decoder_start_token_id]
-                    decoder = torch.tensor([start + ids[:-1]])
-                    logits = model(input_ids=torch.tensor([first]), decoder_input_ids=decoder).logits[0]
+                    start = torch.tensor([[model.config.decoder_start_token_id, *ids[:-1]]])
+                    logits = model(torch.tensor([first]), decoder_input_ids=start).logits[0]
                 else:
-                    logits = model(input_ids=torch.tensor([first + ids])).logits[0, len(first) - 1 : -1]
-            scores.append(sum(logits.log_softmax(dim=1)[at, token].item() for at, token in enumerate(ids)))
+                    logits = model(torch.tensor([first + ids])).logits[0, len(first) - 1 : -1]
+            log_probs = logits.log_softmax(dim=1)
+            scores.append(sum(log_probs[at, token].item() for at, token in enumerate(ids)))
         rows.append(np.exp(scores) / np.exp(scores).sum())
     return np.array(rows)
 
@@ -525,35 +493,24 @@ OPTIONS = "very negative, negative, positive, railway, railway station"
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama", "mistral", "chat"])
 def test_language_models_agree_with_pairs_asked_one_by_one(tmp_path, kind):
-    """Labels of several tokens, with equal first tokens, one the beginning of another; texts of many lengths."""
+    """Labels share first tokens, and one begins another; texts have many lengths."""
+    chat, folder = kind == "chat", tmp_path / kind
     if kind == "t5":
-        folder = tiny_models.seq2seq_model(tmp_path / kind)
+        tiny_models.seq2seq_model(folder)
     else:
-        folder = tiny_models.causal_model(tmp_path / kind, "llama" if kind == "chat" else kind, chat=kind == "chat")
-    prompt = "Q: {text} ({options})\n"
-    (tmp_path / "prompt").write_text(prompt)
-    data = text_data(TEXTS)
-    probs = labeled(data, tmp_path, teacher="text", model=str(folder), batch_size=3, prompt=str(tmp_path / "prompt"))
-    prompts = [prompt.strip().replace("{text}", text).replace("{options}", OPTIONS) for text in TEXTS]
-    if kind == "chat":
+        tiny_models.causal_model(folder, "llama" if chat else kind, chat=chat)
+    prompt, path, data = "Q: {text} ({options})\n", tmp_path / "prompt", text_data(TEXTS)
+    path.write_text(prompt)
+    args = dict(teacher="text", model=str(folder), batch_size=3, prompt=str(path))
+    probs = labeled(data, tmp_path, **args)
+    prompt = prompt.strip().replace("{options}", OPTIONS)
+    prompts = [prompt.replace("{text}", text) for text in TEXTS]
+    if chat:
         prompts = [f"<s>user: {prompt}<turn>\n<s>me: " for prompt in prompts]
     answers = [name if kind in ("t5", "chat") else f" {name}" for name in CLASSES]
-    assert probs == pytest.approx(
-        one_by_one(folder, prompts, answers, kind == "t5", {"t5": "</s>", "chat": "<turn>"}.get(kind, "\n")),
-        abs=2e-4,
-    )
-    assert np.ptp(probs, axis=0).max() > 1e-3
-
-
-def test_two_option_orders_are_averaged(tmp_path):
-    folder, data = tiny_models.seq2seq_model(tmp_path / "t5"), text_data(TEXTS)
-    (tmp_path / "prompt").write_text("{options}? {text}")
-    args = dict(teacher="text", model=str(folder), prompt=str(tmp_path / "prompt"))
-    prompts = [[f"{', '.join(names)}? {text}" for text in TEXTS] for names in (CLASSES, CLASSES[::-1])]
-    orders = [one_by_one(folder, row, CLASSES, True, "</s>") for row in prompts]
-    assert np.abs(orders[0] - orders[1]).max() > 1e-3
-    assert labeled(data, tmp_path, **args) == pytest.approx(orders[0], abs=2e-4)
-    assert labeled(data, tmp_path, **args, order_swaps=2) == pytest.approx((orders[0] + orders[1]) / 2, abs=2e-4)
+    end = {"t5": "</s>", "chat": "<turn>"}.get(kind, "\n")
+    expected = one_by_one(folder, prompts, answers, kind == "t5", end)
+    assert probs == pytest.approx(expected, abs=2e-4) and np.ptp(probs, axis=0).max() > 1e-3
 
 
 def test_a_text_longer_than_the_model_takes_is_cut_before_the_options(tmp_path, monkeypatch):
@@ -565,25 +522,26 @@ def test_a_text_longer_than_the_model_takes_is_cut_before_the_options(tmp_path, 
         return real(model, ids, mask, answers)
 
     monkeypatch.setattr(pseudolabel, "answer_log_probs", spy)
-    labeled(text_data(["word " * 3000, "short"]), tmp_path, teacher="text", model=str(folder), max_chars=100_000)
+    args = dict(teacher="text", model=str(folder), max_chars=100_000)
+    labeled(text_data(["word " * 3000, "short"]), tmp_path, **args)
     from transformers import AutoTokenizer
 
     text = AutoTokenizer.from_pretrained(folder).decode(seen[0])
-    assert 400 < len(seen[0]) <= 512 and OPTIONS in text and text.rstrip().endswith("Answer:") and "word word" in text
-    with pytest.raises(common.UserError, match="the options alone are longer"):
+    assert 400 < len(seen[0]) <= 512 and OPTIONS in text and "word word" in text
+    assert text.rstrip().endswith("Answer:")
+    with pytest.raises(common.UserError, match="the options alone exceed"):
         names = [f"class number {i}" for i in range(100)]
-        labeled(text_data(["a"], names), tmp_path, teacher="text", model=str(folder))
+        labeled(text_data(["a"], names), tmp_path, **args)
 
 
 def test_embeddings_agree_with_texts_encoded_one_by_one(tmp_path):
     from transformers import AutoModel, AutoTokenizer
 
     folder, data = tiny_models.encoder(tmp_path / "bert"), text_data(TEXTS)
-    probs = labeled(data, tmp_path, teacher="embedding", model=str(folder), temperature=0.5, batch_size=2)
-    model, tokenizer = (
-        AutoModel.from_pretrained(folder, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    args = dict(teacher="embedding", model=str(folder), temperature=0.5, batch_size=2)
+    probs = labeled(data, tmp_path, **args)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def embed(text):
         ids = tokenizer(text, truncation=True, max_length=64, return_tensors="pt").input_ids
@@ -596,65 +554,66 @@ def test_embeddings_agree_with_texts_encoded_one_by_one(tmp_path):
     assert probs == pytest.approx(expected.numpy(), abs=1e-3)
 
 
+def config_of(backbone, preset, classes):
+    facts = {name: getattr(preset, name) for name in ("size", "pad", "mean", "std")}
+    return facts | {"backbone": backbone, "classes": classes, "num_extra": 0}
+
+
 def test_a_student_labels_new_data(tmp_path):
-    preset = common.preset_of("digits")
+    preset, folder = common.preset_of("digits"), tmp_path / "student"
     torch.manual_seed(0)
-    student = common.build_student("cnn", 1, 8, 10).eval()
-    config = common.student_config("digits", "cnn", preset, [str(d) for d in range(10)])
-    common.save_student(tmp_path / "student", student, config)
-    args = dict(split="test", teacher="student", student=str(tmp_path / "student"), data_dir=str(tmp_path))
+    student = common.build_student("cnn", preset, 10).eval()
+    config = config_of("cnn", preset, [str(d) for d in range(10)])
+    common.save_student(folder, student, config)
+    args = dict(split="test", teacher="student", student=str(folder), data_dir=str(tmp_path))
     result = pseudolabel.main(Args(**args))
     data = common.load_data("digits", "")
-    expected = common.predict(student, common.Views(data.test, preset, torch.device("cpu")))
+    views = common.make_views(data.test, preset, "cnn", torch.device("cpu"))
+    expected = common.predict(student, views)
     labels, probs = read_labels(result["path"], data, "test")
-    assert np.abs(probs - expected.numpy()).max() < 1e-4 and np.array_equal(labels, expected.argmax(dim=1).numpy())
-    assert result["accuracy"] == pytest.approx(common.accuracy(expected, torch.from_numpy(data.test.y)))
+    assert np.abs(probs - expected.numpy()).max() < 1e-4
+    assert np.array_equal(labels, expected.argmax(dim=1).numpy())
+    assert result["accuracy"] == pytest.approx(100 * (labels == data.test.y).mean())
     with torch.no_grad():
         student.head.bias += 1
-    common.save_student(tmp_path / "student", student, config)
-    with pytest.raises(common.UserError, match="another model"):  # trained on since
+    common.save_student(folder, student, config)
+    with pytest.raises(common.UserError, match="made for model"):  # trained on since
         pseudolabel.main(Args(**args))
-    common.save_student(tmp_path / "student", student, config | {"classes": list("abcdefghij")})
+    common.save_student(folder, student, config | {"classes": list("abcdefghij")})
     with pytest.raises(common.UserError, match="other classes"):
         pseudolabel.main(Args(**args, output=str(tmp_path / "new.jsonl")))
 
 
 def test_a_student_of_texts_labels_new_texts(tmp_path):
     """A run's folder alone is enough: tokenizer and configuration of the encoder are in it."""
-    bert, data = str(tiny_models.encoder(tmp_path / "bert")), text_data(TEXTS)
-    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": t or "none", "label": ""}) + "\n" for t in TEXTS))
-    preset = common.preset_of("new.jsonl")._replace(size=32)
+    bert, texts = str(tiny_models.encoder(tmp_path / "bert")), [text or "none" for text in TEXTS]
+    lines = [json.dumps({"text": text, "label": ""}) + "\n" for text in texts]
+    (tmp_path / "new.jsonl").write_text("".join(lines))
+    preset, folder = common.preset_of("new.jsonl")._replace(size=32), tmp_path / "student"
     torch.manual_seed(0)
-    student = common.build_student(bert, 0, 32, 5).eval()
-    common.save_student(tmp_path / "student", student, common.student_config("t", bert, preset, CLASSES))
-    data.train.texts[3] = "none"
+    student, data = common.build_student(bert, preset, 5).eval(), text_data(texts)
+    common.save_student(folder, student, config_of(bert, preset, CLASSES))
     views = common.make_views(data.train, preset, bert, torch.device("cpu"))
     expected = common.predict(student, views).numpy()
     (tmp_path / "bert").rename(tmp_path / "moved")
-    args = dict(teacher="student", student=str(tmp_path / "student"), dataset=str(tmp_path / "new.jsonl"))
-    assert labeled(data, tmp_path, **args) == pytest.approx(expected, abs=1e-4)
+    probs = labeled(data, tmp_path, teacher="student", student=str(folder))
+    assert probs == pytest.approx(expected, abs=1e-4)
 
 
-# ---------------------------------------------------------------------------- summary, arguments, default labels
+# ---------------------------------------------------------------------------- main
 
 
-def test_the_interval_is_wilsons_and_unknown_labels_do_not_count(tmp_path):
-    """8 of 10 right: centre (p + z^2/2n) / (1 + z^2/n), by hand 49.02 to 94.33; two more have no known label."""
+def test_the_interval_is_wilsons_and_unknown_labels_are_left_out(tmp_path, capsys):
+    """8 of 10 right: center (p + z^2/2n) / (1 + z^2/n), by hand 49.02 to 94.33; 2 are unknown."""
     data = image_data(12, y=[0, 1, 2, 0, 1, 2, 0, 1, 0, 0, -1, -1])
-    np.save(tmp_path / "l.npy", [0, 1, 2, 0, 1, 2, 0, 1, 1, -1, 1, 1])  # one wrong, one abstention
-    result = pseudolabel.label(
-        data, Args(teacher="import", input=str(tmp_path / "l.npy"), output=str(tmp_path / "o.jsonl"))
-    )
+    labels = [0, 1, 2, 0, 1, 2, 0, 1, 1, -1, 1, 1]  # one wrong, one abstention
+    result = pseudolabel.label(data, import_args(tmp_path, labels))
     assert result["known"] == 10 and result["accuracy"] == pytest.approx(80)
-    assert result["interval"] == pytest.approx([49.02, 94.33], abs=0.01)
-    assert result["abstentions"] == 1 and result["classes"] == {"cat": 3, "dog": 6, "cow_boy": 2}
-
-
-def test_without_known_labels_no_accuracy_is_shown(tmp_path, capsys):
-    np.save(tmp_path / "l.npy", [0, 1])
-    data = image_data(2, y=[-1, -1])
-    args = Args(teacher="import", input=str(tmp_path / "l.npy"), output=str(tmp_path / "o.jsonl"))
-    assert pseudolabel.label(data, args)["accuracy"] is None
+    assert result["abstentions"] == 1 and result["labeled"] == 12
+    said = capsys.readouterr().out
+    assert "80.00 % (95 % interval 49.02 to 94.33) of 10" in said and "dog 6, cat 3" in said
+    data.train.y[:] = -1
+    assert pseudolabel.label(data, import_args(tmp_path, labels))["accuracy"] is None
     assert "accuracy" not in capsys.readouterr().out
 
 
@@ -664,26 +623,25 @@ def test_without_known_labels_no_accuracy_is_shown(tmp_path, capsys):
         (dict(teacher="chat"), "needs --model"),
         (dict(teacher="student"), "needs --student"),
         (dict(teacher="import"), "needs --input"),
-        (dict(teacher="import", input="nowhere.npy"), "there is no file nowhere.npy"),
-        (dict(teacher="student", student="nowhere"), "there is no file nowhere"),
+        (dict(teacher="import", input="nowhere.npy"), "No such file .*nowhere.npy"),
+        (dict(teacher="student", student="nowhere"), "No such file .*nowhere"),
         (dict(teacher="text"), "does not label images"),
         (dict(teacher="glyphs"), "digits only"),
-        (dict(teacher="clip", prompt="nowhere"), "--prompt nowhere: could not be read"),
+        (dict(teacher="clip", prompt="nowhere"), "No such file .*nowhere"),
         (dict(teacher="chat", model="m", max_cost=1.0), "--max-cost needs"),
         (dict(teacher="chat", model="m", concurrency=0), "--concurrency 0"),
+        (dict(teacher="chat", model="m", logprobs=True), "--logprobs: 21 classes, at most 20"),
         (dict(dry_run=0), "--dry-run 0"),
+        (dict(extra_body="[1]"), "--extra-body: expected a JSON object without model"),
+        (dict(extra_body="{"), "--extra-body: expected a JSON object"),
+        (dict(extra_body='{"stream": true}'), "--extra-body: expected a JSON object"),
         (dict(split="test"), "no test part"),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_clear_line(tmp_path, changes, message):
-    with pytest.raises(common.UserError, match=message):
-        pseudolabel.label(image_data(), Args(**{"output": str(tmp_path / "o.jsonl"), **changes}))
-
-
-def test_more_classes_than_an_endpoint_gives_probabilities_for_are_refused(tmp_path):
-    data = image_data(classes=[f"c{i}" for i in range(21)])
-    with pytest.raises(common.UserError, match="--logprobs: 21 classes, at most 20"):
-        pseudolabel.label(data, Args(teacher="chat", model="m", logprobs=True, output=str(tmp_path / "o.jsonl")))
+    args, data = {"output": str(tmp_path / "o"), **changes}, image_data(classes=CLASSES_21)
+    with pytest.raises((common.UserError, OSError), match=message):
+        pseudolabel.label(data, Args(**args))
 
 
 def test_the_one_complete_label_file_is_found(tmp_path):
@@ -691,23 +649,26 @@ def test_the_one_complete_label_file_is_found(tmp_path):
     data.test = data.train
     folder = tmp_path / "labels"
     train = made_up(folder / "pictures-train-clip.jsonl", data)
-    made_up(folder / "pictures-train-chat.jsonl", data, rows=[{"index": 0, "label": 1}])  # not complete
+    incomplete = [{"index": 0, "label": 1}]
+    made_up(folder / "pictures-train-chat.jsonl", data, rows=incomplete)
     assert pseudolabel.default_labels(data, str(tmp_path)) == (train, None)
     made_up(folder / "pictures-test-chat.jsonl", data, "test")
     assert pseudolabel.default_labels(data, str(tmp_path)) == (train, None)  # another teacher's
     test = made_up(folder / "pictures-test-clip.jsonl", data, "test")
     assert pseudolabel.default_labels(data, str(tmp_path)) == (train, test)
     made_up(folder / "pictures-train-text.jsonl", data)
-    with pytest.raises(common.UserError, match="pictures-train-clip.jsonl.*pictures-train-text.jsonl.*--pseudolabels"):
+    message = "pictures-train-clip.jsonl.*pictures-train-text.jsonl.*--pseudolabels"
+    with pytest.raises(common.UserError, match=message):
         pseudolabel.default_labels(data, str(tmp_path))
 
 
-def test_without_a_label_file_images_are_labeled_by_clip_and_texts_ask_for_a_command(tmp_path, monkeypatch):
+def test_without_a_label_file_images_are_labeled_and_texts_ask_for_it(tmp_path, monkeypatch):
     folder = str(tiny_models.clip_model(tmp_path / "clip"))
-    monkeypatch.setitem(pseudolabel.TEACHERS, "clip", (pseudolabel.label_with_clip, folder, ()))
+    clip = (*pseudolabel.TEACHERS["clip"][:3], folder, "")
+    monkeypatch.setitem(pseudolabel.TEACHERS, "clip", clip)
     train, test = pseudolabel.default_labels(image_data(), str(tmp_path))
     assert train.name == "pictures-train-clip.jsonl" and test is None
     assert read_labels(train, image_data(), "train")[1].shape == (6, 3)
-    advice = "pseudolabel.py --dataset my/reviews.csv --test-file test.csv --teacher text"
+    advice = "pseudolabel.py --dataset my/reviews.csv --teacher text --test-file test.csv"
     with pytest.raises(common.UserError, match=f"no labels of reviews .*{advice}"):
         pseudolabel.default_labels(text_data(), str(tmp_path), "my/reviews.csv", "test.csv")

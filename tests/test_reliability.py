@@ -1,7 +1,7 @@
-"""Kills at random moments, a full disk, bad and hostile input: nothing is lost, executed, or said in more than a line.
+"""Kills at random moments, a full disk, bad and hostile input: nothing is lost or executed.
 
-Runs are children of a process that holds the imports (multiprocessing's forkserver): one costs a few milliseconds,
-has standard streams of its own, and can be killed. `pytest -s` shows the figures."""
+Runs are children of a process that holds the imports (multiprocessing's forkserver): one costs a
+few milliseconds, has standard streams of its own, and can be killed."""
 
 import importlib
 import json
@@ -13,7 +13,6 @@ import re
 import resource
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import sklearn.datasets  # noqa: F401  held for the children, as load_digits nee
 import torch
 import torch._dynamo  # noqa: F401  held as well: the first optimizer imports it
 from PIL import Image
+from runs import checkpoint, differences, digits_labels, metrics, save_untrained
 
 import common
 import kd_fixmatch
@@ -39,19 +39,20 @@ def child(script, flags, place, full_after, slow):
         os.dup2(os.open(Path(place) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(place)
     torch.set_num_threads(1)
-    real_save, real_append, saves = common.Run.save, pseudolabel.append, []
+    real_write, saves = common.write_atomically, []
 
-    def save(*args, **values):
-        saves.append(1)
-        if len(saves) == full_after:
+    def write(path, content):
+        saves.extend([path] if path.name == "checkpoint.pt" else [])
+        if full_after and len(saves) == full_after:
             resource.setrlimit(resource.RLIMIT_FSIZE, (FILLED, FILLED))
-        real_save(*args, **values)
+        real_write(path, content)
 
-    def append(file, row):
-        time.sleep(slow)
-        real_append(file, row)
+    class SlowBar(pseudolabel.tqdm):
+        def update(self, *args):  # called after every row
+            time.sleep(slow)
+            return super().update(*args)
 
-    common.Run.save, pseudolabel.append = save, append
+    common.write_atomically, pseudolabel.tqdm = write, SlowBar
     sys.argv = [f"{script}.py", *flags]
     module = importlib.import_module(script)
     common.cli(module.Args, module.main)
@@ -63,15 +64,15 @@ def start():
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
     patch.setenv("OMP_NUM_THREADS", "1")
-    patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
-    patch.delenv("HF_HUB_OFFLINE", raising=False)
+    patch.setenv("HF_HUB_OFFLINE", "1")
     patch.delenv("OPENAI_API_KEY", raising=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_reliability", "zeromatch", "adamatch", "transformers"])
 
     def start(script, flags, place, full_after=0, slow=0.0):
         Path(place).mkdir(exist_ok=True, parents=True)
-        process = context.Process(target=child, args=(script, list(map(str, flags)), place, full_after, slow))
+        args = (script, list(map(str, flags)), place, full_after, slow)
+        process = context.Process(target=child, args=args)
         process.start()
         return process
 
@@ -86,12 +87,13 @@ def ended(process, place):
     return process.exitcode, (place / "err").read_text().splitlines()
 
 
-# ---------------------------------------------------------------------------- training that is killed
+# ---------------------------------------------------------------------------- killed training
 
 PHASES = {  # {stage: its steps}
-    "zeromatch": {1: 35, 2: 45}, "kd_fixmatch": {1: 35, 2: kd_fixmatch.DEC_STEPS, 3: 35}, "adamatch": {1: 40},
+    "zeromatch": {1: 35, 2: 45}, "adamatch": {1: 40},
+    "kd_fixmatch": {1: 35, 2: kd_fixmatch.DEC_STEPS, 3: 35},
 }  # fmt: skip
-SHORT = "--data-dir data --runs-dir runs --eval-every 10 --log-every 1 --warmup-steps 5 --batch-size 8 --uratio 2"
+SHORT = "--data-dir data --runs-dir runs --eval-every 10 --log-every 1 --warmup-steps 5"
 FLAGS = {
     "zeromatch": f"{SHORT} --num-steps-stage1 35 --num-steps 45 --pseudolabels labels.jsonl",
     "kd_fixmatch": f"{SHORT} --num-steps 35 --tau-select 0 --ema-decay 0.8",
@@ -100,16 +102,14 @@ FLAGS = {
 
 
 @pytest.fixture(scope="module")
-def digits_labels(tmp_path_factory):
+def digits_file(tmp_path_factory):
     """A label file of the digits' training part from a made-up teacher."""
-    data, path = common.load_data("digits", ""), tmp_path_factory.mktemp("labels") / "labels.jsonl"
-    probs = np.random.RandomState(0).dirichlet(np.ones(10), len(data.train))
-    pseudolabel.write_labels(path, pseudolabel.header_of(data, "train", "made up", "none"), probs)
-    return path
+    return Path(digits_labels(tmp_path_factory.mktemp("labels"))["pseudolabels"])
 
 
-def place_for(tmp_path, digits_labels):
-    (tmp_path / "labels.jsonl").write_bytes(digits_labels.read_bytes())
+@pytest.fixture
+def place(tmp_path, digits_file):
+    (tmp_path / "labels.jsonl").symlink_to(digits_file)
     return tmp_path
 
 
@@ -120,14 +120,13 @@ def the_run(place):
 def command(script, place):
     """What the user types: the run's flags, or --resume once there is a run."""
     folder = the_run(place)
-    return FLAGS[script].split() if folder is None else ["--resume", str(folder)]
+    own = f"{FLAGS[script]} --batch-size 8 --uratio 2".split()
+    return own if folder is None else ["--resume", str(folder)]
 
 
-def metrics(folder):
-    """Whole lines of a run's metrics, without times."""
-    text = (folder / "metrics.jsonl").read_text() if folder and (folder / "metrics.jsonl").exists() else ""
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+def goes_on(start, script, place):
+    assert ended(start(script, command(script, place), place), place) == (0, [])
+    return the_run(place)
 
 
 def steps_done(script, stage, step):
@@ -136,18 +135,17 @@ def steps_done(script, stage, step):
 
 def progress(script, place):
     """(stage, steps of all stages so far) of the last whole line of metrics."""
-    rows = metrics(the_run(place))
+    folder = the_run(place)
+    rows = metrics(folder) if folder and (folder / "metrics.jsonl").exists() else []
     stage, step = (rows[-1]["stage"], rows[-1]["step"]) if rows else (1, 0)
     return stage, steps_done(script, stage, step)
 
 
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
 def saved_steps(script, place):
-    path = the_run(place) and the_run(place) / "checkpoint.pt"
-    state = checkpoint(path.parent) if path and path.exists() else {"stage": 1, "step": 0}
+    folder = the_run(place)
+    if not folder or not (folder / "checkpoint.pt").exists():
+        return 0
+    state = checkpoint(folder)
     return steps_done(script, state["stage"], state["step"])
 
 
@@ -158,42 +156,31 @@ def wait_until(process, reached):
         time.sleep(0.002)
 
 
-def differences(one, other):
-    """What two runs do not share: names of weights (also averaged) and of other state, lines of metrics."""
-    states = [checkpoint(folder) for folder in (one, other)]
-    flat = [{f"{part}.{k}": v for part in ("model", "ema") for k, v in state[part].items()} for state in states]
-    names = [name for name in flat[0] | flat[1] if not torch.equal(flat[0][name], flat[1][name])]
-    kept = [key for key in ("p_lb", "p_ulb", "y_outer") if key in states[0]]
-    names += [key for key in kept if not torch.equal(states[0][key], states[1][key])]
-    names += [] if metrics(one) == metrics(other) else ["metrics"]
-    names += [] if states[0]["history"] == states[1]["history"] else ["history"]
-    students = [(folder / "student" / "model.safetensors").read_bytes() for folder in (one, other)]
-    return names + ([] if students[0] == students[1] else ["student"])
-
-
 @pytest.fixture(scope="module")
-def straight(start, tmp_path_factory, digits_labels):
+def straight(start, tmp_path_factory, digits_file):
     """straight(script) -> folder of a run that nothing disturbed."""
     made = {}
 
     def straight(script):
         if script not in made:
-            place = place_for(tmp_path_factory.mktemp(script), digits_labels)
-            assert ended(start(script, FLAGS[script].split(), place), place) == (0, [])
-            made[script] = the_run(place)
+            place = tmp_path_factory.mktemp(script)
+            (place / "labels.jsonl").symlink_to(digits_file)
+            made[script] = goes_on(start, script, place)
         return made[script]
 
     return straight
 
 
 @pytest.mark.parametrize("script, seed", [("zeromatch", 1), ("kd_fixmatch", 2)])
-def test_training_killed_at_ten_random_moments_ends_with_the_same_weights(
-    start, straight, digits_labels, tmp_path, script, seed
+def test_training_killed_at_ten_random_moments_ends_as_if_it_never_was(
+    start, straight, place, script, seed
 ):
-    rng, place, killed_in, lost, began = random.Random(seed), place_for(tmp_path, digits_labels), [], [], time.time()
-    phases = PHASES[script]
-    per_phase = {stage: 10 // len(phases) + (stage <= 10 % len(phases)) for stage in phases}
-    moments = [steps_done(script, s, rng.randrange(phases[s] - 5)) for s, n in per_phase.items() for _ in range(n)]
+    rng, killed_in, phases = random.Random(seed), set(), PHASES[script]
+    moments = [
+        steps_done(script, stage, rng.randrange(phases[stage] - 5))
+        for stage in phases
+        for _ in range(10 // len(phases) + (stage <= 10 % len(phases)))
+    ]
     for moment in sorted(moments):
         process = start(script, command(script, place), place)
         wait_until(process, lambda moment=moment: progress(script, place)[1] >= moment)
@@ -201,119 +188,86 @@ def test_training_killed_at_ten_random_moments_ends_with_the_same_weights(
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, (place / "err").read_text()
-        stage, done = progress(script, place)
-        killed_in.append(stage)
-        lost.append(done - saved_steps(script, place))
-    assert ended(start(script, command(script, place), place), place) == (0, [])
-    assert set(killed_in) == set(phases)
-    assert differences(straight(script), the_run(place)) == []
-    print(f"\n{script}: {len(lost)} kills, in stages {killed_in}, steps done again at most {max(lost)}, ", end="")
-    print(f"{time.time() - began:.1f} s")
+        killed_in.add(progress(script, place)[0])
+    assert differences(straight(script), goes_on(start, script, place)) == []
+    assert killed_in == set(phases)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("script", ["kd_fixmatch", "adamatch"])
-def test_after_a_signal_not_one_step_is_lost(start, straight, digits_labels, tmp_path, script, number):
-    place = place_for(tmp_path, digits_labels)
-    for stage, step in [(1, 7), (1, 17)] if script == "adamatch" else [(1, 7), (2, 20), (3, 17)]:
+@pytest.mark.parametrize("script", PHASES)
+def test_after_a_signal_not_one_step_is_lost(start, straight, place, script, number):
+    for stage, step in [(1, 7), (2, 20), (3, 17)] if script != "adamatch" else [(1, 7), (1, 17)]:
+        if stage not in PHASES[script]:
+            continue
         moment = steps_done(script, stage, step)
         process = start(script, command(script, place), place)
         wait_until(process, lambda moment=moment: progress(script, place)[1] >= moment)
         os.kill(process.pid, number)
         code, said = ended(process, place)
-        assert code == 130 and len(said) == 1 and "--resume" in said[0]
+        assert code == 130 and len(said) == 1 and f"--resume {the_run(place)}"[-40:] in said[0]
         assert saved_steps(script, place) == progress(script, place)[1] >= moment
-        if stage == 2:  # clustering has no save of its own before its end
-            assert saved_steps(script, place) < steps_done(script, 3, 0)
-    assert ended(start(script, command(script, place), place), place) == (0, [])
-    assert differences(straight(script), the_run(place)) == []
+        if stage < max(PHASES[script]):  # it did not wait for the end of the stage
+            assert saved_steps(script, place) < steps_done(script, stage + 1, 0)
+    assert differences(straight(script), goes_on(start, script, place)) == []
 
 
 # ---------------------------------------------------------------------------- a full disk
 
 
-def test_a_disk_that_fills_up_loses_no_checkpoint(start, straight, digits_labels, tmp_path):
+def test_a_disk_that_fills_up_loses_no_checkpoint(start, straight, place):
     """From the second save on, no file can grow beyond a kilobyte."""
-    place = place_for(tmp_path, digits_labels)
-    code, said = ended(start("zeromatch", FLAGS["zeromatch"].split(), place, full_after=2), place)
-    assert code == 2 and len(said) == 1 and "File too large" in said[0] and "go on" in said[0]
+    flags = command("zeromatch", place)
+    code, said = ended(start("zeromatch", flags, place, full_after=2), place)
+    assert code == 2 and len(said) == 1 and "File too large" in said[0]
     assert saved_steps("zeromatch", place) == 10
-    assert ended(start("zeromatch", command("zeromatch", place), place), place) == (0, [])
-    assert differences(straight("zeromatch"), the_run(place)) == []
+    assert differences(straight("zeromatch"), goes_on(start, "zeromatch", place)) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system with room for one checkpoint, not for two."""
-    (tmp_path / "disk").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path / "disk")]
-    try:
-        done = subprocess.run(mount, capture_output=True).returncode == 0
-    except OSError:
-        done = False
-    if not done:
-        pytest.skip("a small file system cannot be made here")
-    yield tmp_path / "disk"
-    subprocess.run(["umount", str(tmp_path / "disk")], check=True)
-
-
-def test_a_small_file_system_that_is_full_loses_no_checkpoint(start, straight, digits_labels, small_disk):
-    place = small_disk
-    (place / "labels.jsonl").symlink_to(digits_labels)
-    code, said = ended(start("zeromatch", FLAGS["zeromatch"].split(), place), place)
-    assert code == 2 and len(said) == 1 and "No space left" in said[0] and saved_steps("zeromatch", place) == 10
-    subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
-    assert ended(start("zeromatch", command("zeromatch", place), place), place) == (0, [])
-    assert differences(straight("zeromatch"), the_run(place)) == []
-
-
-# ---------------------------------------------------------------------------- labeling that is killed
+# ---------------------------------------------------------------------------- killed labeling
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     """Folder of a student for digits, untrained."""
+    folder = tmp_path_factory.mktemp("run") / "student"
     torch.manual_seed(0)
-    folder, preset = tmp_path_factory.mktemp("run") / "student", common.preset_of("digits")
-    network = common.build_student("cnn", 1, 8, 10).eval()
-    common.save_student(folder, network, common.student_config("digits", "cnn", preset, [str(d) for d in range(10)]))
+    save_untrained(folder, "cnn", common.PRESETS["digits"], list("0123456789"))
     return folder
 
 
+def labeling(student):
+    return ["--teacher", "student", "--student", student, "--output", "labels.jsonl"]
+
+
 def test_labeling_killed_at_ten_random_moments_ends_with_the_same_file(start, student, tmp_path):
-    rng, began, at_death = random.Random(3), time.time(), []
-    flags = ["--teacher", "student", "--student", student, "--output", "labels.jsonl", "--device", "cpu"]
-    assert ended(start("pseudolabel", flags, tmp_path / "straight"), tmp_path / "straight") == (0, [])
-    place = tmp_path / "killed"
-    place.mkdir()
+    rng, at_death, flags = random.Random(3), [], labeling(student)
+    places = tmp_path / "straight", tmp_path / "killed"
+    assert ended(start("pseudolabel", flags, places[0]), places[0]) == (0, [])
+    whole, path = (place / "labels.jsonl" for place in places)
 
     def rows():
-        path = place / "labels.jsonl"
         return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
 
     for moment in sorted(rng.sample(range(1290), 9)) + [1290]:
-        process = start("pseudolabel", flags, place, slow=0.0002)
+        process = start("pseudolabel", flags, places[1], slow=0.0002)
         wait_until(process, lambda moment=moment: rows() >= moment)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         at_death.append(rows())
-    process = start("pseudolabel", flags, place)
-    assert ended(process, place) == (0, [])
-    assert (place / "labels.jsonl").read_bytes() == (tmp_path / "straight" / "labels.jsonl").read_bytes()
+    assert ended(start("pseudolabel", flags, places[1]), places[1]) == (0, [])
+    assert path.read_bytes() == whole.read_bytes()
     assert len(set(at_death)) > 5  # at different rows
-    print(f"\nlabeling: {len(at_death)} kills at rows {at_death}, no row lost, {time.time() - began:.1f} s")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_labeling_stopped_by_a_signal_says_how_to_go_on(start, student, tmp_path, number):
-    path, flags = tmp_path / "labels.jsonl", ["--teacher", "student", "--student", student, "--output", "labels.jsonl"]
+    path, flags = tmp_path / "labels.jsonl", labeling(student)
     process = start("pseudolabel", flags, tmp_path, slow=0.001)
     wait_until(process, lambda: path.exists() and path.read_bytes().count(b"\n") > 50)
     os.kill(process.pid, number)
     code, said = ended(process, tmp_path)
-    assert code == 130 and len(said) == 1 and "same command again" in said[0]
-    assert "labeled, 0 abstentions" in (tmp_path / "out").read_text()
+    assert code == 130 and len(said) == 1 and "same command" in said[0]
     assert ended(start("pseudolabel", flags, tmp_path), tmp_path) == (0, [])
     assert path.read_bytes().count(b"\n") == 1298
 
@@ -322,28 +276,30 @@ def test_labeling_stopped_by_a_signal_says_how_to_go_on(start, student, tmp_path
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory, digits_labels, student):
+def shelf(tmp_path_factory, digits_file, student):
     """A folder with good, damaged and misplaced files of every kind."""
-    place = tmp_path_factory.mktemp("shelf")
-    labels = digits_labels.read_bytes()
+    place, labels = tmp_path_factory.mktemp("shelf"), digits_file.read_bytes()
     texts = "".join(f"{word} {i},{word}\n" for word in ("tea", "sea") for i in range(4))
     files = {
-        "labels.jsonl": labels, "half.jsonl": labels[: len(labels) // 2], "damaged.jsonl": labels[:9000] + labels,
-        "other.jsonl": labels.replace(b'"order"', b'"odd"', 1), "notes.txt": "no placeholder", "empty": "",
-        "my.csv": f"text,label\n{texts}", "same.csv": f"text,label\n{texts}", "columns.csv": "a,b\n1,2\n",
-        "unlabeled.csv": "text,label\none,\ntwo,\n", "commas.csv": "text,label\none, two,a\n", "empty.csv": "",
-        "latin.csv": b"text,label\n\xfc,a\n", "bad.jsonl": '{"text": "one", "label": 1}\n{"text', "list.jsonl": "[1]\n",
-        "stranger.csv": "text,label\nnew,coffee\n", "ten.csv": "label\n" + "1\n" * 10, "names.csv": "label\ncat\n",
-        "garbage.pt": b"PK garbage", "garbage.npy": b"garbage", "run/args.json": "{}", "damaged/args.json": "{",
+        "labels.jsonl": labels, "half.jsonl": labels[: len(labels) // 2],
+        "damaged.jsonl": labels[:9000] + labels, "notes.txt": "no placeholder", "empty": "",
+        "other.jsonl": labels.replace(b'"order"', b'"odd"', 1), "columns.csv": "a,b\n1,2\n",
+        "my.csv": f"text,label\n{texts}", "same.csv": f"text,label\n{texts}", "empty.csv": "",
+        "unlabeled.csv": "text,label\none,\ntwo,\n", "commas.csv": "text,label\none, two,a\n",
+        "latin.csv": b"text,label\n\xfc,a\n", "bad.jsonl": '{"text": "one", "label": 1}\n{"text',
+        "list.jsonl": "[1]\n", "stranger.csv": "text,label\nnew,coffee\n",
+        "garbage.pt": b"PK garbage", "run/args.json": "{}", "damaged/args.json": "{",
         "other/args.json": json.dumps({"variant": "original"}), "run/checkpoint.pt": b"garbage",
-        "cut/model.safetensors": b"\x09\x00\x00", "cut/config.json": (student / "config.json").read_bytes(),
-        "odd/model.safetensors": b"", "odd/config.json": "[]", "model/config.json": '{"model_type": "nothing"}',
-        "flat/a.txt": "", "unread/train/a/1.png": b"no picture", "unread/train/b/1.png": b"no picture",
+        "cut/model.safetensors": b"\x09\x00\x00", "odd/model.safetensors": b"",
+        "cut/config.json": (student / "config.json").read_bytes(), "odd/config.json": "[]",
+        "model/config.json": '{"model_type": "nothing"}', "flat/a.txt": "", "shares.json": "{}",
+        "unread/train/a/1.png": b"no picture", "unread/train/b/1.png": b"no picture",
     }  # fmt: skip
     for name, content in files.items():
         (place / name).parent.mkdir(exist_ok=True, parents=True)
         (place / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for number, name in enumerate(("one/train/a", "extra/train/a", "extra/train/b", "extra/test/c")):
+    folders = ("one/train/a", "extra/train/a", "extra/train/b", "extra/test/c")
+    for number, name in enumerate(folders):
         (place / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), (number, 0, 0)).save(place / name / "1.png")
     torch.save({"conv1.weight": torch.zeros(3)}, place / "misfit.pt")
@@ -355,149 +311,78 @@ def shelf(tmp_path_factory, digits_labels, student):
 
 
 IMPORT, STUDENT = "pseudolabel --teacher import --input", "pseudolabel --teacher student --student"
-CHAT = "pseudolabel --teacher chat --base-url http://127.0.0.1:9 --dataset my.csv"
-BAD_INPUT = [  # (command line; what its one line names)
-    # the command line itself
-    ("zeromatch --lr abc", "--lr abc: expected a number; see zeromatch.py --help"),
-    ("zeromatch --lr", "--lr without a value: expected a number"),
-    ("zeromatch --num-labels 1.5", "--num-labels 1.5: expected a whole number"),
-    ("zeromatch --lrr 0.1", "--lrr: .*perhaps --lr;"),
-    ("zeromatch --stages 3", "--stages 3: expected one of 'both', '1', '2'"),
-    ("zeromatch --anneal=cosine", "--anneal cosine: expected one of 'linear', 'none'"),
-    ("zeromatch --optimizer sdg", "--optimizer sdg: expected one of 'adamw', 'sgd'"),
-    ("zeromatch --amp fp8", "--amp fp8: expected one of"),
-    ("zeromatch --device gpu", "--device gpu: expected one of"),
-    ("zeromatch digits", "digits: there is no such option"),
-    ("zeromatch --compile yes", "yes: there is no such option"),
-    ("zeromatch --variant original", "--variant: there is no such option"),
-    (f"zeromatch --optimizer {'s' * 300}", "--optimizer s+: expected one of"),
-    ("adamatch --variant new", "--variant new: expected one of 'zeromatch', 'original'"),
-    ("adamatch --supervised", "--supervised: .*perhaps --supervised-only"),
-    ("kd_fixmatch --clustering em", "--clustering em: expected one of 'dec', 'kmeans', 'none'"),
-    ("kd_fixmatch --unsup-loss l2", "--unsup-loss l2: expected one of"),
-    ("kd_fixmatch --pseudolabels labels.jsonl", "--pseudolabels: there is no such option"),
-    ("pseudolabel --teacher gpt", "--teacher gpt: expected one of"),
-    ("pseudolabel --split dev", "--split dev: expected one of 'train', 'test'"),
-    ("pseudolabel --order-swaps 3", "--order-swaps 3: expected one of 1, 2"),
-    ("pseudolabel --timeout soon", "--timeout soon: expected a number"),
-    # numbers out of their range
-    ("zeromatch --lr -1", "--lr -1.0: expected a number of at least 0"),
-    ("zeromatch --lr nan", "--lr nan: expected"),
-    ("zeromatch --lr inf", "--lr inf: expected"),
-    ("zeromatch --tau 1.5", "--tau 1.5: expected a number from 0 to 1"),
-    ("zeromatch --lambda-p -1", "--lambda-p -1.0"),
-    ("zeromatch --agreement --stages 1", "--agreement and --prior change stage 2 only"),
-    ("zeromatch --prior teacher --stages 1", "--agreement and --prior change stage 2 only"),
-    ("zeromatch --lambda-u nan", "--lambda-u nan"),
-    ("zeromatch --seed -1", "--seed -1: expected a number from 0"),
-    ("zeromatch --num-steps 0", "--num-steps 0"),
-    ("zeromatch --num-steps-stage1 0", "--num-steps-stage1 0"),
-    ("zeromatch --warmup-steps -1", "--warmup-steps -1"),
-    ("zeromatch --eval-every 0", "--eval-every 0"),
-    ("zeromatch --log-every 0", "--log-every 0"),
-    ("zeromatch --batch-size 0", "--batch-size 0"),
-    ("zeromatch --uratio 0", "--uratio 0"),
-    ("zeromatch --ema-decay 1", "--ema-decay 1.0"),
-    ("zeromatch --layer-decay 0", "--layer-decay 0.0"),
-    ("zeromatch --weight-decay -0.1", "--weight-decay -0.1"),
-    ("zeromatch --marginal-decay 2", "--marginal-decay 2.0"),
-    ("zeromatch --num-labels 15", "--num-labels 15: expected a multiple of 10"),
-    ("zeromatch --num-labels -10", "--num-labels -10: expected a multiple of 10"),
-    ("zeromatch --num-labels 9990", "--num-labels 9990: class 0 has .* examples"),
-    ("kd_fixmatch --tau-select 2", "--tau-select 2.0"),
-    ("kd_fixmatch --tau-inner -1", "--tau-inner -1.0"),
-    ("kd_fixmatch --sce-alpha -1", "--sce-alpha -1.0"),
-    ("kd_fixmatch --sce-beta nan", "--sce-beta nan"),
-    ("pseudolabel --dry-run 0", "--dry-run 0: expected a number above 0"),
-    ("pseudolabel --batch-size -1", "--batch-size -1"),
-    ("pseudolabel --temperature nan", "--temperature nan"),
-    ("pseudolabel --timeout inf", "--timeout inf"),
-    ("pseudolabel --price-in -1", "--price-in -1.0"),
-    (f"{CHAT} --model m --concurrency 0", "--concurrency 0"),
+TEXT = "pseudolabel --dataset my.csv --teacher text"
+BAD_NUMBERS = {  # of scripts: what is out of range
+    "zeromatch": "lr -1, lr nan, lr inf, tau 1.5, lambda-p -1, lambda-u nan, seed -1, num-steps 0, "
+    "num-steps-stage1 0, warmup-steps -1, eval-every 0, log-every 0, batch-size 0, uratio 0, "
+    "ema-decay 1, layer-decay 2, weight-decay -0.1, marginal-decay 2, num-labels 15, "
+    "num-labels -10, num-labels 9990",
+    "kd_fixmatch": "tau-select 2, tau-inner -1, sce-alpha -1, sce-beta nan",
+    "pseudolabel": "dry-run 0, batch-size -1, temperature nan, timeout inf, price-in -1",
+}
+NUMBERS = [  # (command line; what its one line names)
+    (f"{script} --{flag}", f"--{flag.split()[0]}.*expected")
+    for script, flags in BAD_NUMBERS.items()
+    for flag in flags.split(", ")
+]
+BAD_INPUT = [
     # options that do not go together, or need another one
-    ("zeromatch --device cpu --amp fp16 --pseudolabels labels.jsonl", "--amp fp16 needs a GPU; .*--amp bf16 or off"),
-    ("adamatch --pseudolabels labels.jsonl", "--pseudolabels is read with --feature-input only"),
-    ("zeromatch --device mps", "--device mps: torch sees no Apple GPU"),
-    ("zeromatch --test-file my.csv", "--test-file my.csv: digits has a test part of its own"),
-    ("zeromatch --pseudolabels-test labels.jsonl", "--pseudolabels-test needs --pseudolabels"),
-    ("adamatch --backbone vit_small_patch16_224", "8 pixels cannot be cut into patches of 16"),
-    ("adamatch --feature-input --pseudolabels labels.jsonl", "--feature-input needs label files of both parts"),
-    ("pseudolabel --teacher import", "--teacher import needs --input"),
-    ("pseudolabel --teacher student", "--teacher student needs --student"),
-    ("pseudolabel --teacher chat", "--teacher chat needs --model"),
-    ("pseudolabel --teacher text", "--teacher text does not label images"),
-    ("pseudolabel --teacher clip --dataset my.csv", "--teacher clip does not label texts"),
-    ("pseudolabel --teacher glyphs --dataset my.csv", "--teacher glyphs knows digits only"),
-    ("pseudolabel --dataset my.csv --split test --teacher text", "my has no test part"),
-    (f"{CHAT} --model m --max-cost 1", "--max-cost needs --price-in and --price-out"),
-    (f"{CHAT} --model m --logprobs --json-schema", "--logprobs --json-schema: .*leave one out"),
-    (f"{CHAT} --model m --base-url ftp://x", "--base-url ftp://x: expected http://HOST"),
-    (f"{CHAT} --model m --key-variable NO_SUCH", "variable NO_SUCH: expected the API key"),
+    ("zeromatch --agreement --stages 1", "--agreement"),
+    ("zeromatch --prior teacher --stages 1", "--prior"),
+    ("zeromatch --prior nowhere.json", "--prior nowhere.json"),
+    ("zeromatch --prior shares.json", "--prior shares.json.*expected"),
+    ("zeromatch --device cpu --amp fp16 --pseudolabels labels.jsonl", "--amp fp16.*bf16 or off"),
+    ("adamatch --pseudolabels labels.jsonl", "--pseudolabels.*--feature-input"),
+    ("adamatch --feature-input --pseudolabels labels.jsonl", "--feature-input needs.*test"),
+    ("zeromatch --device mps", "--device mps"),
+    ("zeromatch --test-file my.csv", "--test-file.*digits"),
+    ("adamatch --backbone vit_small_patch16_224", "--backbone vit_small_patch16_224.*8 pixels"),
     # files and folders of a wrong kind, damaged, or of something else
-    ("zeromatch --dataset no_such", "--dataset no_such: expected one of digits, .*a folder .*a file"),
-    ("zeromatch --dataset nowhere.csv", "nowhere.csv: could not be read .*No such file"),
-    ("zeromatch --dataset flat", "--dataset flat: expected at least two folders train/<class>/.*found 0"),
-    ("zeromatch --dataset one", "--dataset one: expected at least two folders .*found 1"),
-    ("zeromatch --dataset extra", "--dataset extra: .*wrong: c"),
-    ("zeromatch --dataset unread", "2 labeled pictures cannot be read: .*1.png"),
-    ("zeromatch --dataset columns.csv", "columns.csv: .*expected fields text and label"),
-    ("zeromatch --dataset commas.csv", "commas.csv: .*row 1: .*quotes around"),
-    ("zeromatch --dataset latin.csv", "latin.csv: could not be read .*utf-8"),
-    ("zeromatch --dataset empty.csv", "the labels name 0 classes"),
-    ("zeromatch --dataset unlabeled.csv", "the labels name 0 classes"),
-    ("zeromatch --dataset bad.jsonl", "bad.jsonl: could not be read at row 2"),
-    ("zeromatch --dataset list.jsonl", "list.jsonl: .*expected fields text and label"),
-    ("zeromatch --dataset my.csv --test-file nowhere.csv", "nowhere.csv: could not be read .*No such file"),
-    ("zeromatch --dataset my.csv --test-file same.csv", "same.csv: 8 of its 8 texts also stand in my.csv"),
-    ("zeromatch --dataset my.csv --test-file stranger.csv", "stranger.csv: has labels .*coffee"),
-    ("zeromatch --dataset my.csv --num-labels 4", "no labels of my in .*give --pseudolabels"),
-    ("zeromatch --pseudolabels nowhere.jsonl", "--pseudolabels nowhere.jsonl: no such file; make it"),
-    ("zeromatch --pseudolabels flat", "--pseudolabels flat: no such file"),
-    ("zeromatch --pseudolabels empty", "empty: expected a first line with format"),
-    ("zeromatch --pseudolabels my.csv", "my.csv: line 1 is not a JSON object"),
-    ("zeromatch --pseudolabels half.jsonl", "half.jsonl: .* examples have no label yet"),
-    ("zeromatch --pseudolabels damaged.jsonl", "damaged.jsonl: line .* damaged"),
-    ("zeromatch --pseudolabels other.jsonl", "other.jsonl: made for the same examples in another order"),
-    ("zeromatch --pseudolabels labels.jsonl --pseudolabels-test labels.jsonl", "split 'train', expected 'test'"),
-    ("zeromatch --resume nowhere", "--resume nowhere: there is no args.json; expected the folder of a run"),
-    ("zeromatch --resume damaged", "--resume damaged: args.json is damaged or of another script"),
-    ("zeromatch --resume other", "--resume other: args.json is damaged or of another script"),
-    ("adamatch --resume run --num-labels 20", "--num-labels 20: the run to resume has 10"),
-    ("adamatch --resume run", "run/checkpoint.pt cannot be read as a checkpoint"),
-    ("zeromatch --runs-dir notes.txt --pseudolabels labels.jsonl", "notes.txt/.*: Not a directory"),
-    ("adamatch --weights nowhere.pt", "nowhere.pt cannot be read as weights of cnn"),
-    ("adamatch --weights garbage.pt", "garbage.pt cannot be read as weights of cnn"),
-    ("adamatch --weights list.pt", "list.pt cannot be read as weights of cnn"),
-    ("adamatch --weights number.pt", "number.pt cannot be read as weights of cnn"),
-    ("adamatch --weights misfit.pt", "misfit.pt does not fit cnn .*--weights none"),
-    ("adamatch --weights cut/model.safetensors", "model.safetensors cannot be read as weights"),
-    ("adamatch --backbone resnet_1", "--backbone resnet_1: expected cnn, "),
-    ("adamatch --backbone model", "--backbone model: expected cnn, "),
-    ("adamatch --dataset my.csv --backbone flat --num-labels 4", "flat: .*could not load it"),
-    ("adamatch --dataset my.csv --backbone no_such --num-labels 4", "no_such: .*could not load it"),
-    (f"{IMPORT} nowhere.npy", "there is no file nowhere.npy"),
-    (f"{IMPORT} garbage.npy", "--input garbage.npy: could not be read"),
-    (f"{IMPORT} garbage.pt", "--input garbage.pt: could not be read"),
-    (f"{IMPORT} list.pt", "--input list.pt: could not be read"),
-    (f"{IMPORT} ten.npy", "--input ten.npy: 10 labels, but digits's train part has 1297"),
-    (f"{IMPORT} ten.csv", "--input ten.csv: 10 labels"),
-    (f"{IMPORT} names.csv", "--input names.csv: could not be read: .*names or numbers of classes"),
-    (f"{IMPORT} columns.csv", "--input columns.csv: could not be read"),
-    (f"{STUDENT} nowhere", "there is no file nowhere/model.safetensors"),
-    (f"{STUDENT} cut", "cut cannot be read as a student"),
-    (f"{STUDENT} odd", "odd cannot be read as a student"),
-    (f"{STUDENT} student --dataset my.csv", "--student student: was trained for other classes"),
-    (f"{STUDENT} student --output notes.txt", "notes.txt: .*expected a first line with format"),
-    (f"{STUDENT} student --output flat", "flat: Is a directory"),
-    ("pseudolabel --dataset my.csv --teacher text --prompt nowhere", "--prompt nowhere: could not be read"),
-    ("pseudolabel --dataset my.csv --teacher text --prompt notes.txt", "notes.txt: expected the placeholder {text}"),
-    ("pseudolabel --dataset my.csv --teacher embedding --prompt notes.txt", "expected {label} in every line"),
-    ("pseudolabel --dataset my.csv --teacher text --prompt latin.csv", "--prompt latin.csv: could not be read"),
-    ("pseudolabel --dataset my.csv --teacher text --model flat", "flat: .*could not load it"),
+    ("zeromatch --dataset no_such", "--dataset no_such: expected one of digits"),
+    ("zeromatch --dataset nowhere.csv", "nowhere.csv.*No such file"),
+    ("zeromatch --dataset flat", "--dataset flat.*train/<class>/.*found 0"),
+    ("zeromatch --dataset one", "--dataset one.*found 1"),
+    ("zeromatch --dataset extra", "--dataset extra.*'c'"),
+    ("zeromatch --dataset unread", "unread.*none of the 2"),
+    ("zeromatch --dataset columns.csv", "columns.csv.*text and label"),
+    ("zeromatch --dataset commas.csv", "commas.csv.*row 1.*quote"),
+    ("zeromatch --dataset latin.csv", "latin.csv.*utf-8"),
+    ("zeromatch --dataset empty.csv", "0 classes"),
+    ("zeromatch --dataset unlabeled.csv", "0 classes"),
+    ("zeromatch --dataset bad.jsonl", "bad.jsonl.*row 2"),
+    ("zeromatch --dataset list.jsonl", "list.jsonl.*row 1"),
+    ("zeromatch --dataset my.csv --test-file nowhere.csv", "nowhere.csv.*No such file"),
+    ("zeromatch --dataset my.csv --test-file same.csv --num-labels 4", "--num-labels 4"),
+    ("zeromatch --dataset my.csv --test-file stranger.csv", "stranger.csv.*coffee"),
+    ("zeromatch --dataset my.csv --num-labels 4", "labels of my.*--pseudolabels"),
+    ("zeromatch --pseudolabels nowhere.jsonl", "nowhere.jsonl"),
+    ("zeromatch --pseudolabels flat", "flat"),
+    ("zeromatch --pseudolabels empty", "empty"),
+    ("zeromatch --pseudolabels my.csv", "my.csv"),
+    ("zeromatch --pseudolabels half.jsonl", "half.jsonl"),
+    ("zeromatch --pseudolabels damaged.jsonl", "damaged.jsonl: line"),
+    ("zeromatch --pseudolabels other.jsonl", "other.jsonl.*order"),
+    ("zeromatch --pseudolabels labels.jsonl --pseudolabels-test labels.jsonl", "jsonl.*test"),
+    ("zeromatch --resume nowhere", "--resume nowhere.*folder of a run"),
+    ("zeromatch --resume damaged", "--resume damaged.*folder of a run"),
+    ("zeromatch --resume other", "--resume other.*folder of a run"),
+    ("adamatch --resume run --num-labels 20", "--num-labels 20: the run has 10"),
+    ("adamatch --resume run", "run/checkpoint.pt is damaged"),
+    ("zeromatch --runs-dir notes.txt --pseudolabels labels.jsonl", "notes.txt|Not a directory"),
+    ("adamatch --backbone resnet_1", "--backbone resnet_1.*expected cnn, "),
+    ("adamatch --backbone model", "--backbone model.*expected cnn, "),
+    ("adamatch --dataset my.csv --backbone flat --num-labels 4", "flat"),
+    ("adamatch --dataset my.csv --backbone no_such --num-labels 4", "no_such"),
+    *((f"adamatch --weights {name}", f"--weights {name}.*--weights none") for name in (
+        "nowhere.pt", "garbage.pt", "list.pt", "number.pt", "misfit.pt", "cut/model.safetensors")),
+    *((f"{IMPORT} {name}", name) for name in ("nowhere.npy", "garbage.pt", "list.pt", "ten.npy")),
+    *((f"{STUDENT} {name}", name) for name in ("nowhere", "cut", "odd")),
+    (f"{STUDENT} student --dataset my.csv", "--student student"),
+    *((f"{TEXT} --prompt {name}", name) for name in ("nowhere", "notes.txt", "latin.csv")),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line, expected", BAD_INPUT, ids=[line[:70] for line, _ in BAD_INPUT])
+@pytest.mark.parametrize("line, expected", NUMBERS + BAD_INPUT, ids=lambda value: value[:60])
 def test_bad_input_is_one_line_and_exit_code_2(start, shelf, line, expected):
     script, *flags = shlex.split(line)
     code, said = ended(start(script, flags, shelf), shelf)
@@ -505,11 +390,22 @@ def test_bad_input_is_one_line_and_exit_code_2(start, shelf, line, expected):
     assert said[0].startswith(f"{script}.py: error: ") and re.search(expected, said[0]), said[0]
 
 
+@pytest.mark.parametrize("line, named", [
+    ("zeromatch --lr abc", "abc"), ("zeromatch --lr", "--lr"), ("zeromatch --lrr 0.1", "--lrr"),
+    ("zeromatch --stages 3", "--stages"), ("zeromatch digits", "digits"),
+    ("kd_fixmatch --pseudolabels x", "--pseudolabels"), ("pseudolabel --teacher gpt", "gpt"),
+])  # fmt: skip
+def test_a_command_line_that_cannot_be_parsed_names_the_option(start, shelf, line, named):
+    script, *flags = shlex.split(line)
+    code, said = ended(start(script, flags, shelf), shelf)
+    assert code == 2 and named in "".join(said) and "Traceback" not in "".join(said)
+
+
 @pytest.mark.parametrize("script", ["zeromatch", "adamatch", "kd_fixmatch", "pseudolabel"])
 def test_help_is_whole_and_exit_code_0(start, tmp_path, script):
     assert ended(start(script, ["--help"], tmp_path), tmp_path) == (0, [])
-    fields = importlib.import_module(script).Args.__dataclass_fields__
-    assert not [name for name in fields if f"--{name.replace('_', '-')}" not in (tmp_path / "out").read_text()]
+    fields, said = importlib.import_module(script).Args.__dataclass_fields__, tmp_path / "out"
+    assert not [n for n in fields if f"--{n.replace('_', '-')}" not in said.read_text()]
 
 
 # ---------------------------------------------------------------------------- hostile files
@@ -528,14 +424,17 @@ class Hostile:
 PLACES = [  # (file, what a command line does with it)
     ("run/checkpoint.pt", "zeromatch --resume run"), ("run/args.json", "zeromatch --resume run"),
     ("run/checkpoint.pt", "kd_fixmatch --resume run"), ("w.pt", "adamatch --weights w.pt"),
-    ("w.pth", "adamatch --backbone wrn_28_2 --weights w.pth"), ("w.safetensors", "adamatch --weights w.safetensors"),
+    ("w.pth", "adamatch --backbone wrn_28_2 --weights w.pth"),
+    ("w.safetensors", "adamatch --weights w.safetensors"),
     ("bert/pytorch_model.bin", "adamatch --dataset my.csv --num-labels 4 --backbone bert"),
     ("bert/config.json", "adamatch --dataset my.csv --num-labels 4 --backbone bert"),
-    ("vit/pytorch_model.bin", "adamatch --backbone vit"), ("in.pt", f"{IMPORT} in.pt"), ("in.npy", f"{IMPORT} in.npy"),
-    ("in.csv", f"{IMPORT} in.csv"), ("student/model.safetensors", f"{STUDENT} student"),
+    ("vit/pytorch_model.bin", "adamatch --backbone vit"), ("in.pt", f"{IMPORT} in.pt"),
+    ("in.npy", f"{IMPORT} in.npy"), ("in.csv", f"{IMPORT} in.csv"),
+    ("student/model.safetensors", f"{STUDENT} student"),
     ("student/config.json", f"{STUDENT} student"), ("my.csv", "zeromatch --dataset my.csv"),
-    ("my.jsonl", "zeromatch --dataset my.jsonl"), ("l.jsonl", "zeromatch --pseudolabels l.jsonl"),
-    ("ask.txt", "pseudolabel --dataset my.csv --teacher text --prompt ask.txt"),
+    ("my.jsonl", "zeromatch --dataset my.jsonl"),
+    ("l.jsonl", "zeromatch --pseudolabels l.jsonl"), ("ask.txt", f"{TEXT} --prompt ask.txt"),
+    ("p.json", "zeromatch --prior p.json"),
 ]  # fmt: skip
 
 
@@ -545,10 +444,11 @@ def fill_place(place, student):
 
     for name in ("run", "vit"):
         (place / name).mkdir()
-    (place / "run" / "args.json").write_text(json.dumps({"runs_dir": "runs"}))
-    vit = {"model_type": "vit", "hidden_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 8}
-    (place / "vit" / "config.json").write_text(json.dumps(vit | {"patch_size": 4, "intermediate_size": 12}))
-    (place / "my.csv").write_text("text,label\n" + "".join(f"{w} {i},{w}\n" for w in ("tea", "sea") for i in range(4)))
+    vit = {"model_type": "vit", "hidden_size": 12, "num_attention_heads": 2, "image_size": 8}
+    vit |= {"num_hidden_layers": 1, "patch_size": 4, "intermediate_size": 12}
+    (place / "vit" / "config.json").write_text(json.dumps(vit))
+    texts = "".join(f"{w} {i},{w}\n" for w in ("tea", "sea") for i in range(4))
+    (place / "my.csv").write_text(f"text,label\n{texts}")
     tiny_models.encoder(place / "bert")
     (place / "bert" / "model.safetensors").unlink()
     (place / "student").mkdir()
@@ -556,14 +456,18 @@ def fill_place(place, student):
         (place / "student" / name).write_bytes((student / name).read_bytes())
 
 
-@pytest.mark.parametrize("name, line", PLACES, ids=[f"{line[:60]} {name}" for name, line in PLACES])
-def test_a_hostile_pickle_is_one_line_and_executes_nothing(start, student, digits_labels, tmp_path, name, line):
+@pytest.mark.parametrize("name, line", PLACES, ids=lambda value: value[:60])
+def test_a_hostile_pickle_is_one_line_and_executes_nothing(
+    start, student, digits_file, tmp_path, name, line
+):
     fill_place(tmp_path, student)
     mark, (script, *flags) = tmp_path / "executed", shlex.split(line)
-    saved = {"runs_dir": "runs"} | ({"pseudolabels": str(digits_labels)} if script == "zeromatch" else {})
+    saved = {"runs_dir": "runs"}
+    saved |= {"pseudolabels": str(digits_file)} if script == "zeromatch" else {}
     (tmp_path / "run" / "args.json").write_text(json.dumps(saved))
     hostile = Hostile(mark)
-    content = {"stage": 1, "step": 1, "seconds": 0.0, "history": [], "pending": [], "model": hostile, "probs": hostile}
+    content = {"stage": 1, "step": 1, "seconds": 0.0, "history": [], "pending": {},
+               "metrics_bytes": 0, "model": hostile, "probs": hostile}  # fmt: skip
     offered = [pickle.dumps(content)]
     for options in ({}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}):
         torch.save(content, tmp_path / "made", **options)
@@ -576,20 +480,21 @@ def test_a_hostile_pickle_is_one_line_and_executes_nothing(start, student, digit
     for content in offered if name.endswith((".pt", ".npy")) else offered[:2]:
         (tmp_path / name).write_bytes(content)
         code, said = ended(start(script, flags, tmp_path), tmp_path)
-        assert not mark.exists()
-        assert code == 2 and len(said) == 1, (code, said, (tmp_path / "out").read_text()[-2000:])
+        assert not mark.exists() and code == 2, (code, said)
+        assert "error: " in said[-1] and "Traceback" not in "".join(said), said  # torch may warn
 
 
 @pytest.mark.parametrize("line", [
-    "adamatch --backbone remote", "adamatch --dataset my.csv --num-labels 4 --backbone remote", f"{STUDENT} student",
-    "pseudolabel --dataset my.csv --teacher text --model remote", "pseudolabel --teacher clip --model remote",
+    "adamatch --backbone remote", "adamatch --dataset my.csv --num-labels 4 --backbone remote",
+    f"{STUDENT} student", f"{TEXT} --model remote", "pseudolabel --teacher clip --model remote",
 ])  # fmt: skip
 def test_code_that_a_model_folder_brings_is_not_executed(start, student, tmp_path, line):
     fill_place(tmp_path, student)
     (tmp_path / "student" / "encoder").symlink_to(tmp_path / "remote")
     (tmp_path / "remote").mkdir()
-    auto = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoModelForCausalLM")}
-    (tmp_path / "remote" / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    kinds = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoModelForCausalLM")
+    config = {"model_type": "evil", "auto_map": {name: f"evil.{name}" for name in kinds}}
+    (tmp_path / "remote" / "config.json").write_text(json.dumps(config))
     (tmp_path / "remote" / "evil.py").write_text("open('executed', 'w')\n")
     script, *flags = shlex.split(line)
     code, said = ended(start(script, flags, tmp_path), tmp_path)
@@ -601,37 +506,44 @@ def test_code_that_a_model_folder_brings_is_not_executed(start, student, tmp_pat
 
 
 def damaged(rng, content):
-    """The content cut, with flipped, inserted, missing, doubled or zeroed bytes, at one to three random places."""
+    """The content cut, or with bytes flipped, inserted, lost, doubled or zeroed, here and there."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         at, length = rng.randrange(len(content) + 1), rng.randint(1, 30)
         rest, some = content[at:], rng.randbytes(length)
         signs = bytes(rng.choices(b'0123456789{}[]",:.-\n\r\\ e', k=rng.randint(1, 4)))
+        flipped = bytes([rest[0] ^ 1 << rng.randrange(8)] if rest else [])
         content = content[:at] + rng.choice([
-            b"", some + rest, some + rest[length:], signs + rest, signs + rest[len(signs) :], rest[length:],
-            rest[:length] + rest, bytes(length) + rest[length:],
-            bytes([rest[0] ^ 1 << rng.randrange(8)] if rest else []) + rest[1:],
+            b"", some + rest, some + rest[length:], signs + rest, signs + rest[len(signs) :],
+            rest[length:], rest[:length] + rest, bytes(length) + rest[length:], flipped + rest[1:],
         ])  # fmt: skip
     return content
 
 
-def test_a_damaged_label_file_is_refused_or_keeps_every_whole_label(tmp_path):
+@pytest.fixture
+def small_labels(tmp_path):
+    """(data of 12 pictures and 3 classes, arguments that import labels, lines of the file)."""
+    x = np.random.RandomState(0).randint(0, 256, (12, 1, 2, 2)).astype(np.uint8)
+    data = common.Data("pictures", ["a", "b", "c"], common.Split(x, np.arange(12) % 3), None)
+    np.save(tmp_path / "in.npy", [*np.random.RandomState(1).randint(0, 3, 11).tolist(), -1])
+    given = {"input": str(tmp_path / "in.npy"), "output": str(tmp_path / "l.jsonl")}
+    args = pseudolabel.Args(teacher="import", **given)
+    pseudolabel.label(data, args)
+    return data, args, (tmp_path / "l.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_a_damaged_label_file_is_refused_or_keeps_every_whole_label(tmp_path, small_labels):
     """Also when labeling goes on with it; a refused file stays as it is."""
     rng, outcomes = random.Random(4), {"refused": 0, "read": 0, "finished": 0}
-    x = np.random.RandomState(0).randint(0, 256, (12, 1, 2, 2)).astype(np.uint8)
-    data = common.Data("pictures", ["cat", "dog", "cow"], common.Split(x, np.arange(12) % 3), None)
-    path, labels = tmp_path / "l.jsonl", [*np.random.RandomState(1).randint(0, 3, 11).tolist(), None]
-    np.save(tmp_path / "labels.npy", [-1 if label is None else label for label in labels])
-    args = pseudolabel.Args(teacher="import", input=str(tmp_path / "labels.npy"), output=str(path))
-    pseudolabel.label(data, args)
-    header, *lines = path.read_bytes().splitlines(keepends=True)
-    lines = [json.loads(line) for line in lines]
-    for line in lines[::2]:
-        line["probs"] = np.eye(3)[line["label"]].tolist()
-    lines = [header, *((json.dumps(line) + "\n").encode() for line in lines)]
+    (data, args, (header, *lines)), path = small_labels, tmp_path / "l.jsonl"
+    rows = [json.loads(line) for line in lines]
+    labels = [-1 if row["label"] is None else row["label"] for row in rows]
+    for row in rows[::2]:
+        row["probs"] = np.eye(3)[row["label"]].tolist()
+    lines = [(json.dumps(row) + "\n").encode() for row in rows]
     for trial in range(600):
-        content = damaged(rng, b"".join(lines))
+        content = damaged(rng, header + b"".join(lines))
         path.write_bytes(content)
-        kept = [i for i, line in enumerate(lines[1:]) if line in content.splitlines(keepends=True)]
+        kept = [i for i, line in enumerate(lines) if line in content.splitlines(keepends=True)]
         for step in ("read", "finished"):
             try:
                 if step == "finished":
@@ -642,50 +554,26 @@ def test_a_damaged_label_file_is_refused_or_keeps_every_whole_label(tmp_path):
                 outcomes["refused"] += 1
                 continue
             outcomes[step] += 1
-            assert all(found[i] == (-1 if labels[i] is None else labels[i]) for i in kept), trial
+            assert all(found[i] == labels[i] for i in kept), trial
             assert found.shape == (12,) and (-1 <= found).all() and (found < 3).all(), trial
             assert probs is None or (probs.shape == (12, 3) and np.isfinite(probs).all()), trial
-    print(f"\nlabel files: 600 damaged ones, {outcomes}")
     assert min(outcomes.values()) > 10
 
 
-@pytest.mark.parametrize("row", [
-    {"index": [0], "label": 0}, {"index": 3, "label": 0, "usage": 5}, {"usage": [1]}, {"usage": None},
-    {"index": 3, "label": 0, "probs": [1e400, 0, 0]}, {"index": 3, "label": 0, "probs": [10**400, 0, 0]},
-    {"index": 3, "label": 0, "probs": [float("nan"), 0, 0]}, {"index": 3, "label": 0, "probs": [-1, 1, 1]}, "deep",
-])  # fmt: skip
-def test_an_impossible_row_is_refused_before_anything_is_added(tmp_path, row):
-    x = np.zeros((4, 1, 2, 2), np.uint8)
-    data, path = common.Data("p", ["a", "b", "c"], common.Split(x, np.zeros(4, int)), None), tmp_path / "l.jsonl"
-    np.save(tmp_path / "labels.npy", np.zeros(4, int))
-    args = pseudolabel.Args(teacher="import", input=str(tmp_path / "labels.npy"), output=str(path))
-    pseudolabel.label(data, args)
-    lines = path.read_text().splitlines(keepends=True)[:-1]
-    lines.append("[" * 100_000 + "\n" if row == "deep" else json.dumps(row) + "\n")
-    path.write_text("".join(lines))
-    for act in (lambda: pseudolabel.read_labels(path, data, "train"), lambda: pseudolabel.label(data, args)):
-        with pytest.raises(common.UserError, match="damaged"):
-            act()
-    assert path.read_text() == "".join(lines)
-
-
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_a_damaged_text_file_is_refused_or_read_row_by_row(tmp_path, suffix, capsys):
+def test_a_damaged_text_file_is_refused_or_read_row_by_row(tmp_path, suffix):
     rng, outcomes, path = random.Random(5), {"refused": 0, "read": 0}, tmp_path / f"my.{suffix}"
     texts = ['tea, "hot"', "na\u00efve \U0001f600", "two\nlines", "plain", "7", "x" * 50]
-    rows = [{"text": f"{text} {i}", "label": label} for i, text in enumerate(texts) for label in ("a", "b", "")]
+    rows = [(f"{text} {i}", label) for i, text in enumerate(texts) for label in ("a", "b", "")]
     if suffix == "csv":
-        quote = lambda value: '"' + value.replace('"', '""') + '"'  # noqa: E731
-        lines = ["text,label\n", *(f"{quote(row['text'])},{row['label']}\n" for row in rows)]
+        quoted = ('"' + text.replace('"', '""') + f'",{label}' for text, label in rows)
+        lines = [f"{line}\n" for line in ("text,label", *quoted)]
     else:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    whole = "".join(lines).encode()
-    path.write_bytes(whole)
-    read, classes = common.read_texts(path)
-    assert read.texts == [row["text"] for row in rows] and classes == ["a", "b"]
-    for trial in range(600):
-        content = damaged(rng, whole)
-        path.write_bytes(content)
+        given = (dict(zip(("text", "label"), row, strict=True)) for row in rows)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in given]
+    for trial in range(601):
+        content = "".join(lines).encode()
+        path.write_bytes(content := damaged(rng, content) if trial else content)
         try:
             read, classes = common.read_texts(path)
         except common.UserError as error:
@@ -693,38 +581,11 @@ def test_a_damaged_text_file_is_refused_or_read_row_by_row(tmp_path, suffix, cap
             outcomes["refused"] += 1
             continue
         outcomes["read"] += 1
-        assert len(read.texts) == len(read.y) and all(read.texts) and (-1 <= read.y).all(), trial
-        assert (read.y < len(classes)).all() and all(len(column) == len(read) for column in read.aug or []), trial
-        if suffix == "jsonl":  # a line means the same whatever stands around it
-            seen = {(text, classes[y] if y >= 0 else "") for text, y in zip(read.texts, read.y, strict=True)}
-            found = content.decode().splitlines(keepends=True)
-            kept = [(row["text"], row["label"]) for row, line in zip(rows, lines, strict=True) if line in found]
-            assert set(kept) <= seen, trial
-    capsys.readouterr()
-    with capsys.disabled():
-        print(f"\n{suffix} files: 600 damaged ones, {outcomes}")
+        assert len(read.x) == len(read.y) and all(read.x) and (-1 <= read.y).all(), trial
+        found = list(zip(read.x, ([*classes, ""][y] for y in read.y), strict=True))
+        assert trial or found == rows
+        if suffix == "jsonl":  # a line means the same whatever is around it
+            kept = content.decode().splitlines(keepends=True)
+            kept = {row for row, line in zip(rows, lines, strict=True) if line in kept}
+            assert kept <= set(found), trial
     assert min(outcomes.values()) > 10
-
-
-@pytest.mark.parametrize("name, content", [
-    ("deep.jsonl", b"[" * 100_000), ("deep.json", b'{"1": ' * 100_000), ("nul.csv", bytes(50) + b"\n1\n"),
-    ("long.csv", b"text,label\none," + b"9" * 5000 + b"\ntwo,8\n"),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
-def test_odd_text_files_are_read_or_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    try:
-        assert len(common.read_texts(tmp_path / name)[1]) == 2
-    except common.UserError as error:
-        assert "\n" not in str(error) and name != "long.csv"
-
-
-def test_a_file_of_metrics_damaged_by_a_power_cut_does_not_stop_a_resumed_run(start, straight, digits_labels, tmp_path):
-    place = place_for(tmp_path, digits_labels)
-    process = start("adamatch", FLAGS["adamatch"].split(), place)
-    wait_until(process, lambda: progress("adamatch", place)[1] >= 25)
-    process.kill()
-    process.join()
-    with open(the_run(place) / "metrics.jsonl", "ab") as file:
-        file.write(bytes(100) + b'\n{"stage": 1}\n[1]\n{"stage')
-    assert ended(start("adamatch", command("adamatch", place), place), place) == (0, [])
-    assert differences(straight("adamatch"), the_run(place)) == []
