@@ -362,11 +362,9 @@ def load_data(
     load, where = load_images, Path(data_dir)
     if dataset in TEXT_SETS:
         load, where = load_text_set, where / dataset
-    try:
+    advice = f"check the network, or put its files into {where} (delete damaged ones)"
+    with explained(f"{dataset} could not be downloaded or read", advice):
         return load(dataset, where, preset)
-    except Exception as error:  # torchvision and archives raise errors of many kinds
-        said = f"{dataset} could not be downloaded or read ({reason_of(error)}); check the network"
-        raise UserError(f"{said}, or put its files into {where} (delete damaged ones)") from None
 
 
 def load_digits() -> Data:
@@ -676,13 +674,12 @@ def measured_part(data: Data, y_zs: ndarray | None = None) -> tuple[Split, str]:
     return replace(data.train.take(shown), y=labels[shown]), measured
 
 
-def share_right(right: int, total: int) -> tuple[str, list[float]]:
-    """("63.00 % (95 % interval 59.94 to 65.96) of 1000", Wilson's interval in percent)."""
+def share_right(right: int, total: int) -> str:
+    """As in: 63.00 % (95 % interval 59.94 to 65.96) of 1000; the interval is Wilson's."""
     from scipy.stats import binomtest
 
     low, high = (100 * end for end in binomtest(right, total).proportion_ci(method="wilson"))
-    said = f"{100 * right / total:.2f} % (95 % interval {low:.2f} to {high:.2f}) of {total}"
-    return said, [low, high]
+    return f"{100 * right / total:.2f} % (95 % interval {low:.2f} to {high:.2f}) of {total}"
 
 
 def class_counts(y: ndarray, classes: list[str]) -> str:
@@ -1337,7 +1334,7 @@ class Run:
         sizes = f"{len(labeled)} labeled, {len(data.train)} unlabeled (with labeled)"
         print(f"{sizes}, {len(data.test or ())} test; labels: {class_counts(y_lb, data.classes)}")
         if y_zs is not None:
-            right, _ = share_right(int((y_zs[labeled] == y_lb).sum()), len(labeled))
+            right = share_right(int((y_zs[labeled] == y_lb).sum()), len(labeled))
             print(f"teacher's labels: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
             print(f"teacher right on labeled examples: {right}", flush=True)
         if not RANK:

@@ -823,7 +823,7 @@ def summary(path: Path, rows: list[Row], data: Data, args: Args) -> Row:
         tokens, cost = np.multiply(scale, used), scale * result["cost"]
         print(f"{what}: {tokens[0]:.0f} tokens in, {tokens[1]:.0f} out, cost {cost:.4f}")
     if total:
-        print(f"accuracy {share_right(right, total)[0]} known labels")
+        print(f"accuracy {share_right(right, total)} known labels")
     return result
 
 

@@ -9,19 +9,19 @@ Paper: "Enhancing Semi-supervised Learning with Zero-shot Pseudolabels", TMLR, a
 Code of the authors: github.com/jichan3751/zeromatch @8ca4079 ("ZM"). Symbols are the paper's.
 
 Stage 1 (distillation warm-up) trains encoder and main head on the teacher's labels of ALL training
-examples. Stage 2 continues with AdaMatch on the main head, while a new auxiliary head on the same
-encoder keeps predicting the teacher's labels, so that the encoder does not forget them:
+examples. Stage 2 continues with AdaMatch (as in ZM: no ramp of loss_u, no logit interpolation) on
+the main head; a new auxiliary head on the encoder keeps predicting the teacher's labels:
 
     loss = loss_s + lambda_u * loss_u + lambda_p * alpha_t * loss_kd
 
     loss_s   cross-entropy of the main head on labeled weak views
-    loss_u   the same on unlabeled STRONG views; target: the main head's own hard label of the WEAK
-             view after alignment, if its confidence reaches c_tau, tau times that on labeled data
+    loss_u   the same on unlabeled STRONG views; target: argmax of the aligned probabilities of
+             the WEAK view, if their maximum reaches c_tau = tau * (mean confidence on labeled)
     loss_kd  cross-entropy of the AUXILIARY head on all weak views; target: the teacher's label
     alpha_t  0 at the first step, 1 at the last, linear
 
-At test time the main head predicts, with averaged weights (D4); the auxiliary head is thrown away.
-The reported accuracy is that of the last evaluation, never the best one.
+At test time the main head predicts (with averaged weights or not: D4); the auxiliary head is thrown
+away. The reported accuracy is that of the last evaluation, never the best one.
 
     python zeromatch.py                                  handwritten digits, 10 labels
     python zeromatch.py --stages 1 | --stages 2          pseudo-supervision | ablation: no warm-up
@@ -32,24 +32,24 @@ The reported accuracy is that of the last evaluation, never the best one.
     recipe       digits (default)                 cifar100 (ViT-S/2, pre-trained)
     B, B_u       16, 64 (stage 1: 64)             16, 16 (stage 1: 16)
     steps        400, then 800                    204,800, then 204,800
-    lr           SGD, 40 warm-up steps from 0;    AdamW, 5,120; heads 5e-4 -> 1e-4, half as much
-                 0.1 -> 0.0195 (7/16 cosine)      from each layer to the one below it
-    averages     weights 0.99, marginals 0.99     weights not, marginals 0.999
-    tau          0.95                             0.95
+    lr           SGD, 40 warm-up steps from 0;    AdamW, 5,120; heads 5e-4 -> 1e-4, layer decay
+                 0.1 -> 0.0195 (7/16 cosine)      0.5; restarted in stage 2 (both)
+    averages     weights 0.99, marginals 0.99     no weight averaging, marginals 0.999
     weak view    8 x 8 crop, 1 pixel reflected    32 x 32 crop, 4 pixels; half mirrored
-    strong view  the weak one, 3 operations of RandAugment, Cutout up to half the side (both)
+    strong view  a crop of its own, 3 operations of RandAugment, Cutout up to half the side (both)
     evaluation   every 40 steps, 500 images       every 2,048 steps, 10,000 images
-    cost         COSTZ                            not measured
+    result       92.8 +- 4.3 % (seeds 0-4)        not run here (paper, GPT-4.1's labels: 88.01)
+    cost         25 to 45 s on one CPU thread     not measured
 
 Departures from the authors' code (those in the data path are numbered in common.py)
   D1  Stage 1 hands on its last (averaged) weights. ZM keeps the checkpoint that best fits the
       teacher's labels on training images, which rewards the most over-fitted one.
   D2  We report the last evaluation. ZM reports the best test accuracy (for text, the test accuracy
       of the best dev checkpoint).
-  D3  An example without a teacher's answer has no distillation loss but is part of the mean, like
-      an unlabeled example below the threshold. ZM gives it one fixed class.
-  D4  Networks with batch statistics (CNN, WRN) are evaluated with averaged weights, as in FixMatch
-      and AdaMatch. ZM trains transformers only, without averaging; for these we do the same.
+  D3  An example without a teacher's answer adds zero loss but stays in the denominator. ZM gives it
+      one fixed class.
+  D4  Networks with batch statistics (CNN, WRN, EfficientNet) are evaluated with averaged weights,
+      as in FixMatch, AdaMatch. ZM trains only transformers and does not average; nor do we there.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Args:
     """Beyond the paper: a pseudo-label that the teacher shares has at least the weight alpha_t."""
     prior: str = "labeled"
     """Beyond the paper, for unequal classes: the class shares that pseudo-labels are aligned to.
-    labeled: p_lb, as published; teacher: see teacher_shares; else a JSON file, {class: share}."""
+    labeled: p_lb, as published; teacher: teacher_shares; else a JSON file {class: share}."""
 
 
 # ---------------------------------------------------------------------------- the method
@@ -202,7 +202,7 @@ def hard_labels(probs: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tenso
 
 
 def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -> Tensor:
-    """loss_u = 1 / B_u * sum_i mask_i * CE(logits_ulb_s_i, pseudo_label_i), B_u with masked rows.
+    """loss_u = 1 / B_u * sum_i mask_i * CE(logits_ulb_s_i, pseudo_label_i); masked rows are 0.
 
     [B_u, K], [B_u] int64, [B_u] -> scalar."""
     return (F.cross_entropy(logits_ulb_s, pseudo_label, reduction="none") * mask).mean()
@@ -216,7 +216,7 @@ def loss_distillation(logits: Tensor, y_zs: Tensor) -> Tensor:
 
 
 def with_agreement(mask: Tensor, pseudo_label: Tensor, y_zs: Tensor, alpha_t: float) -> Tensor:
-    """max(mask_i, alpha_t) where pseudo_label_i = y_zs_i, else mask_i: two witnesses agree.
+    """max(mask_i, alpha_t) where pseudo_label_i = y_zs_i, else mask_i: student and teacher agree.
 
     Ramped, because right after stage 1 the head still echoes the teacher, mistakes included. Not in
     the paper. [B_u] 0 or 1, [B_u] int64, [B_u] int64 (-1: no answer), in [0, 1] -> [B_u]."""
@@ -226,7 +226,7 @@ def with_agreement(mask: Tensor, pseudo_label: Tensor, y_zs: Tensor, alpha_t: fl
 def teacher_shares(y_zs: Tensor, y_lb: Tensor, K: int) -> Tensor:
     """p_k = (share of class k among the teacher's answers + its share among the labels) / 2.
 
-    The labels keep a class that the teacher takes for another. Not in the paper.
+    The labels preserve classes that the teacher confuses with others. Not in the paper.
     [N] int64 (-1: no answer), [num_labels] int64 -> [K]."""
     answers, labels = y_zs[y_zs >= 0].bincount(minlength=K), y_lb.bincount(minlength=K)
     shares = answers / answers.sum().clamp(min=1) + labels / labels.sum()
@@ -256,7 +256,7 @@ def train_stage1(
         idx = batch_at(len(train), args.uratio * args.batch_size, args.seed, step)
         student.train()
         with run.autocast():
-            logits, _, _ = net(train.weak(idx))  # strong views would blur what the teacher saw
+            logits, _, _ = net(train.weak(idx))  # weak views only, as published
         loss = loss_distillation(logits.float(), y_zs[idx])
 
         optimizer.zero_grad()
@@ -302,14 +302,14 @@ def train_stage2(
         B, B_u = len(idx_lb), len(idx_ulb)  # under torchrun, this process's share
 
         # One pass over all three views, so that batch statistics are those of the joint batch. The
-        # weak view keeps its gradient, which only the auxiliary head uses.
+        # unlabeled weak view keeps its gradient: through it loss_kd trains the encoder.
         student.train()
         with run.autocast():
             logits, logits_kd, _ = net(join([x_lb, x_ulb_w, x_ulb_s]))
-        logits, logits_kd = logits.float(), logits_kd.float()  # a bfloat16 0.949 would pass 0.95
+        logits, logits_kd = logits.float(), logits_kd.float()  # for softmax, thresholds, losses
         logits_lb, logits_ulb_w, logits_ulb_s = logits.split([B, B_u, B_u])
 
-        # Targets carry no gradient: the network must not lower loss_u by changing its own labels.
+        # Detached: targets are constants, and the marginals must not keep every step's graph.
         probs_lb = logits_lb.detach().softmax(dim=1)
         probs_ulb_w = logits_ulb_w.detach().softmax(dim=1)
         # Both marginals include this batch before they are used, as in the authors' code.
@@ -323,7 +323,7 @@ def train_stage2(
             mask = with_agreement(mask, pseudo_label, y_zs[idx_ulb], alpha_t)
         loss_s = F.cross_entropy(logits_lb, y_lb)
         loss_u = loss_consistency(logits_ulb_s, pseudo_label, mask)
-        # Weak views only: the auxiliary head repeats the teacher on what the teacher saw.
+        # Weak views only, as published.
         loss_kd = loss_distillation(logits_kd[: B + B_u], torch.cat([y_zs[idx_lb], y_zs[idx_ulb]]))
         loss = loss_s + args.lambda_u * loss_u + args.lambda_p * alpha_t * loss_kd
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 METHODS = ["zeromatch", "adamatch", "kd_fixmatch"]
 SCRIPTS = [*METHODS, "pseudolabel"]
 BUDGETS = {  # file: (lines, code tokens)
-    "common.py": (1572, 14_300),  # the aim is 1,400 and 13,500
+    "common.py": (1570, 14_300),  # the aim is 1,400 and 13,500
     "pseudolabel.py": (900, 9_500),
     "zeromatch.py": (420, 3_000),
     "adamatch.py": (420, 3_000),
