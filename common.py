@@ -799,7 +799,7 @@ PIXEL_OPERATIONS = {  # (x, v) -> x
     "Brightness": (0.05, 0.95, lambda x, v: blend(torch.zeros_like(x), x, v)),
     "Color": (0.05, 0.95, lambda x, v: blend(luminance(x), x, v)),  # C4
     "Contrast": (0.05, 0.95, contrast),
-    "Equalize": (0, 1, lambda x, v: v2.functional.equalize(x)),
+    "Equalize": (0, 1, lambda x, v: v2.functional.equalize(x) if x.shape[3] >= 16 else x),
     "Identity": (0, 1, lambda x, v: x),
     "Posterize": (4, 8, lambda x, v: x & (256 - 2 ** (8 - v.long())).byte()[:, None, None, None]),
     "Sharpness": (0.05, 0.95, sharpness),
