@@ -550,11 +550,11 @@ def test_kills_lose_no_answer_and_pay_none_twice_beyond_what_was_in_flight(tmp_p
         assert sessions <= 40
         before, logged = set(whole_indices(path)), log.stat().st_size
         child, deadline = quietly(pseudolabel.label, data, args), time.time() + 60
-        enough = min(495, len(before) + 120)
-        while kills < 3 and child.is_alive() and len(whole_indices(path)) < enough:
+        enough = min(495, len(before) + 160)
+        while kills < 2 and child.is_alive() and len(whole_indices(path)) < enough:
             assert time.time() < deadline
             time.sleep(0.002)
-        if kills < 3:
+        if kills < 2:
             kills += child.is_alive()
             child.kill()
         child.join(120)
@@ -566,7 +566,7 @@ def test_kills_lose_no_answer_and_pay_none_twice_beyond_what_was_in_flight(tmp_p
         assert after - before <= set(paid) and before <= after
         assert len(paid) - len(after - before) <= at_once, "more lost than was in flight"
         paid_in_all += len(paid)
-    assert kills == 3 and 500 <= paid_in_all <= 500 + 3 * at_once
+    assert kills == 2 and 500 <= paid_in_all <= 500 + 2 * at_once
     assert sorted(whole_indices(path)) == list(range(500))  # each exactly once
     labels, _ = pseudolabel.read_labels(path, data, "test")
     right = {row["index"]: "It is" in row["raw"] for row in read_rows(path)[1] if "index" in row}

@@ -26,13 +26,10 @@ VIT = "--backbone VIT --weights none --optimizer adamw --lr 1e-4 --amp off"  # n
 ALIKE = {  # one process and two train to the same weights
     "zeromatch": f"zeromatch.py --num-steps-stage1 3 --agreement --prior teacher --tau 0.9 {VIT}",
     "adamatch": f"adamatch.py {VIT}",
-    "adamatch, original": f"adamatch.py --variant original {VIT}",
     "kd_fixmatch": f"kd_fixmatch.py --tau 0.1 --outer-only {VIT}",
 }
 COUPLED = {  # the small CNN: batch statistics are those of each process  # C7
     "zeromatch": "zeromatch.py --num-steps-stage1 3",
-    "adamatch": "adamatch.py",
-    "adamatch, original": "adamatch.py --variant original",
     "kd_fixmatch": "kd_fixmatch.py --tau 0.3 --tau-select 0.15 --log-every 2",
 }
 
@@ -99,7 +96,7 @@ def test_two_processes_train_as_one(case, tmp_path, flags_of):
     assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
 
 
-@pytest.mark.parametrize("case", ["zeromatch", "kd_fixmatch"])
+@pytest.mark.parametrize("case", COUPLED)
 def test_two_processes_train_the_small_cnn(case, tmp_path, flags_of):
     folder = by_two(*flags_of(COUPLED[case], tmp_path / "2"), tmp_path)
     steps = [row for row in metrics(folder) if "train/loss" in row]
