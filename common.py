@@ -35,7 +35,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -931,6 +930,7 @@ def load_pretrained(kind: str, backbone: str, **options: Any) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()  # no word about a pre-training head's weights
+    transformers.logging.disable_progress_bar()
     load = getattr(transformers, kind).from_pretrained
     advice = "expected an id on the hub or a folder with config.json, tokenizer and weights"
     with explained(f"{backbone}: transformers' {kind} could not load it", advice):
@@ -1293,7 +1293,7 @@ class Run:
         if not resume:
             write_atomically(self.folder / "args.json", args)
         git = f"git -C '{Path(__file__).parent}' describe --always --dirty"
-        gpu = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+        gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
         write_atomically(self.folder / "env.json", {  # what it takes to repeat the run
             "command": sys.argv, "python": sys.version, "torch": torch.__version__,
             "device": f"{device} {gpu}", "autocast": str(dtype),
