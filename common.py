@@ -707,7 +707,7 @@ def draw_labeled(y: ndarray, num_labels: int, num_classes: int, seed: int) -> nd
 
 # ---------------------------------------------------------------------------- views of images
 # Every image has its own random parameters, a row of u, uniform in [0, 1) and drawn on the CPU:
-# views are the same on every device. Images are uint8 [n, C, S, S]; the bytes equal Pillow's.
+# views are the same on every device. Images: uint8 [n, C, S, S], Pillow's bytes but for ties.
 
 
 def pick_pixels(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
