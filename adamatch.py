@@ -13,7 +13,7 @@ STRONG view. The weak view's class probabilities are first aligned to the mean p
 labeled data; their argmax is the label, kept if their maximum reaches an adaptive threshold c_tau,
 tau times the mean (not aligned) confidence on the labeled batch.
 
-    loss = loss_s + mu_t * lambda_u * loss_u
+    loss = loss_s + u_weight * loss_u
 
     loss_s   cross-entropy on labeled views with their true labels
     loss_u   cross-entropy on unlabeled strong views with the weak view's hard label, 0 below c_tau
@@ -21,12 +21,12 @@ tau times the mean (not aligned) confidence on the labeled batch.
 
 The averaged weights are evaluated (ViT, BERT: the trained ones); reported is the last evaluation.
 
-    variant              zeromatch (default)              original (GAM)
+    variant              usb (default)                    paper (GAM)
     labeled views        weak                             weak and strong, loss_s is their mean
     logit interpolation  none                             labeled batch alone and jointly, below
-    p_lb                 running average from uniform     the same
+    p_lb                 running average from uniform     the same, decay 0.999
     p_ulb                running average from batch 1     mean of 128 batch means, first all uniform
-    mu_t                 1                                half cosine, 0 to 1 over the first half
+    u_weight             lambda_u                         half cosines: 0, 1 at T / 2, lambda_u
     --tau                0.95                             0.9
 
 The default is stage 2 of zeromatch.py without the teacher, with identical hyper-parameters, to be
@@ -35,7 +35,7 @@ interpolation mixes, logit by logit, a pass of the labeled batch alone with the 
 batch statistics make the two differ, so networks without them (ViT, BERT) skip it.
 
     python adamatch.py                              handwritten digits, 10 labels
-    python adamatch.py --variant original
+    python adamatch.py --variant paper
     python adamatch.py --supervised-only            baseline: labeled data alone
     python adamatch.py --feature-input              baseline: the teacher's label as head input
     python adamatch.py --dataset cifar100 --num-labels 100    on a GPU
@@ -63,7 +63,7 @@ Departures from the original code (those in the data path are numbered in common
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -137,8 +137,8 @@ class Args:
     ema_decay: float | None = None
     """Decay in [0, 1) of the averaged weights, which are evaluated; 0: no averaging."""
     # method
-    variant: Literal["zeromatch", "original"] = "zeromatch"
-    """zeromatch: as in stage 2 of ZeroMatch. original: as in the paper's own code."""
+    variant: Literal["usb", "paper"] = "usb"
+    """usb: as in USB and in stage 2 of ZeroMatch. paper: as in the code of AdaMatch's authors."""
     supervised_only: bool = False
     """Baseline: labeled weak views alone; unlabeled data is not touched."""
     feature_input: bool = False
@@ -146,9 +146,9 @@ class Args:
     tau: float | None = None
     """Relative threshold in [0, 1]: multiplies the mean labeled confidence; unset: by variant."""
     lambda_u: float = 1.0
-    """Weight of loss_u."""
+    """Weight of loss_u (paper: at the end)."""
     marginal_decay: float | None = None
-    """Decay of the running class marginals p_lb and p_ulb."""
+    """Decay of the running class marginals p_lb and p_ulb; paper: of p_lb, unset 0.999."""
 
 
 # ---------------------------------------------------------------------------- the method
@@ -165,11 +165,15 @@ def lr_at(step: int, num_steps: int, warmup_steps: int) -> float:
     return math.cos(7 / 16 * math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps))
 
 
-def mu_at(step: int, num_steps: int) -> float:
-    """mu_t = 1/2 - cos(min(pi, 2 pi t / T)) / 2: from 0 to 1 over the first half, then 1.
+def u_weight_at(step: int, num_steps: int, lambda_u: float) -> float:
+    """Weight of loss_u (paper): (1 - cos 2 pi t / T) / 2 rises from 0 to 1 over the first half of T
+    steps; a second half cosine then leads from 1 to lambda_u.
 
-    Source: GAM semi_supervised/adamatch.py."""
-    return 0.5 - 0.5 * math.cos(min(math.pi, 2 * math.pi * step / num_steps))
+    Source: GAM semi_supervised/adamatch.py, shared/train.py."""
+    half_cosine = 0.5 - 0.5 * math.cos(2 * math.pi * step / num_steps)
+    if 2 * step < num_steps:
+        return half_cosine
+    return 1 + (lambda_u - 1) * (1 - half_cosine)
 
 
 def interpolate_logits(logits_joint: Tensor, logits_alone: Tensor, lam: Tensor) -> Tensor:
@@ -181,7 +185,7 @@ def interpolate_logits(logits_joint: Tensor, logits_alone: Tensor, lam: Tensor) 
 
 
 def update_window(window: Tensor, probs: Tensor, step: int) -> Tensor:
-    """The last 128 batch means, this one in the oldest's place; p_ulb is their mean (original).
+    """The last 128 batch means, this one in the oldest's place; p_ulb is their mean (paper).
 
     [128, K], [n, K] -> [128, K]. Source: GAM semi_supervised/adamatch.py."""
     window = window.clone()
@@ -251,7 +255,7 @@ def train_adamatch(
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     first_step, state = run.restore(1, parts)
     net, K = data_parallel(student), student.num_classes
-    original = args.variant == "original" and not args.supervised_only
+    paper = args.variant == "paper" and not args.supervised_only
     coupled = student.encoder.batch_statistics  # rows of a batch influence one another
     p_lb = state.get("p_lb", torch.full((K,), 1 / K, device=run.device))  # starts uniform
     p_ulb = state.get("p_ulb")  # None: starts at the first batch's mean
@@ -260,16 +264,16 @@ def train_adamatch(
     for step in range(first_step, args.num_steps):
         seed_step(args.seed, "adamatch", step)  # so that a resumed run repeats the same step
         lr = args.lr * lr_at(step, args.num_steps, args.warmup_steps)
-        mu_t = mu_at(step, args.num_steps) if original else 1.0
+        u_weight = u_weight_at(step, args.num_steps, args.lambda_u) if paper else args.lambda_u
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        at_lb = batch_at(len(labeled_idx), args.batch_size, args.seed, step)
+        at_lb = batch_at(len(labeled_idx), args.batch_size, args.seed, "labeled", step)
         idx_lb, y_lb = labeled_idx[at_lb], y_lb_all[at_lb]
-        idx_ulb = batch_at(len(train), args.uratio * args.batch_size, args.seed, step)
+        idx_ulb = batch_at(len(train), args.uratio * args.batch_size, args.seed, "unlabeled", step)
         B, B_u = len(idx_lb), len(idx_ulb)  # under torchrun, this process's share
         x_lb = train.weak(idx_lb)
-        if original:  # labeled weak and strong views: loss_s is the mean over both
+        if paper:  # labeled weak and strong views: loss_s is the mean over both
             x_lb = join([x_lb, train.strong(idx_lb)])
             idx_lb, y_lb = idx_lb.repeat(2), y_lb.repeat(2)
 
@@ -289,7 +293,7 @@ def train_adamatch(
                 x, idx = join([x_lb, x_ulb_s]), torch.cat([idx_lb, idx_ulb])
                 logits = forward(net, x, onehot_zs, idx, run)
                 logits_lb, logits_ulb_s = logits.split([len(x_lb), B_u])
-            if original and coupled:
+            if paper and coupled:
                 kept = [buffer.clone() for buffer in student.buffers()]
                 logits_alone = forward(net, x_lb, onehot_zs, idx_lb, run)
                 for buffer, value in zip(student.buffers(), kept, strict=True):
@@ -302,7 +306,7 @@ def train_adamatch(
             probs_ulb_w = logits_ulb_w.detach().softmax(dim=1)
             # Both marginals include this batch before they are used, as in the authors' code.
             p_lb = mean_over_processes(update_marginal(p_lb, probs_lb, args.marginal_decay))
-            if original:
+            if paper:
                 window = mean_over_processes(update_window(window, probs_ulb_w, step))
                 p_ulb = window.mean(dim=0)
             else:
@@ -314,10 +318,10 @@ def train_adamatch(
 
             loss_s = F.cross_entropy(logits_lb, y_lb)
             loss_u = loss_consistency(logits_ulb_s, pseudo_label, mask)
-            loss = loss_s + mu_t * args.lambda_u * loss_u
+            loss = loss_s + u_weight * loss_u
             values = {
-                "loss": loss, "loss_s": loss_s, "u_weight": mu_t * args.lambda_u, "loss_u": loss_u,
-                "mu_t": mu_t, "mask_rate": mask.mean(), "c_tau": c_tau,
+                "loss": loss, "loss_s": loss_s, "u_weight": u_weight, "loss_u": loss_u,
+                "mask_rate": mask.mean(), "c_tau": c_tau,
                 **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
                 "pseudo_label": pseudo_label, "mask": mask,
             }  # fmt: skip
@@ -347,8 +351,9 @@ LINE = (
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
     preset = preset_of(args.dataset, args.backbone)
-    tau = 0.9 if args.variant == "original" else 0.95
-    args = Args(**resolve(vars(replace(args, tau=tau if args.tau is None else args.tau)), preset))
+    own = {"tau": 0.9, "marginal_decay": 0.999} if args.variant == "paper" else {"tau": 0.95}
+    unset = {name: value for name, value in own.items() if getattr(args, name) is None}
+    args = Args(**resolve(vars(args) | unset, preset))
     if (args.pseudolabels or args.pseudolabels_test) and not args.feature_input:
         raise UserError("--pseudolabels goes with --feature-input only: AdaMatch has no teacher")
     device, dtype = setup_device(args.device, args.amp, args.backbone)

@@ -5,8 +5,7 @@ Functions take values, never the scripts' `Args`, so that signatures document th
 
 Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
   C1  Batches are slices of endless seeded permutations: every example comes once a pass. ZM cuts an
-      "epoch" of 1,024 steps from a permutation seeded by the epoch number alone. Our stages share
-      one order; so do labeled and unlabeled batches of equal pools.
+      "epoch" of 1,024 steps from a permutation seeded by the epoch number alone.
   C2  Cutout: the center is uniform over the image, the box is clipped on all sides. ZM draws the
       center from U(1, width); its boxes at the left and top edge are one pixel wider.
   C3  Kept as published: enhancement factors reach only 0.05-0.95 (images get duller, never more
@@ -16,6 +15,9 @@ Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
       the head of groups 2 and 3 feeds nothing and gets no gradient.
   C6  SVHN is not mirrored (ZM mirrors digits). EuroSAT is also turned upside down, as published.
   C7  Several CPU processes: batch statistics are those of each process; on GPUs, of all.
+  C8  The decay of averaged weights and batch statistics grows to its published value, so that short
+      runs are not evaluated with the weights of their first steps. WRN-28-2's batch norms have
+      momentum 0.1 (ZM: 0.001): the average, decay 0.999, is the long memory.
   T1  Text features are the mean over a row's own tokens. ZM's mean includes the padding, so that a
       prediction depends on the longest row of its batch.
   T2  A text is title, space, body, with escaped newlines decoded. ZM joins them without the space,
@@ -210,19 +212,19 @@ def seed_step(seed: int, stage: str, step: int) -> None:
 
 
 @lru_cache(maxsize=8)
-def permutation(n: int, seed: int, number: int) -> Tensor:
+def permutation(n: int, *key: Any) -> Tensor:
     """The order [n] of one pass over n examples."""
-    generator = torch.Generator().manual_seed(seed_of(seed, "order", number))
-    return torch.randperm(n, generator=generator)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*key)))
 
 
-def batch_at(n: int, batch: int, seed: int, step: int) -> Tensor:
+def batch_at(n: int, batch: int, seed: int, stream: str, step: int) -> Tensor:
     """Positions in range(n) [batch / PROCESSES] of a step's batch, this process's rows: a slice of
-    endless permutations; a batch may be larger than n (10 labels).  # C1"""
+    the endless permutations of (seed, stream); a batch may be larger than n (10 labels).  # C1"""
     rows = batch // PROCESSES
     first = step * batch + RANK * rows
     passes = range(first // n, (first + rows - 1) // n + 1)
-    return torch.cat([permutation(n, seed, number) for number in passes])[first % n :][:rows]
+    orders = [permutation(n, seed, stream, number) for number in passes]
+    return torch.cat(orders)[first % n :][:rows]
 
 
 def uniform(n: int, *shape: int) -> Tensor:
@@ -1025,7 +1027,7 @@ class WideBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
-        self.bn1, self.bn2 = (nn.BatchNorm2d(c, momentum=0.001) for c in (c_in, c_out))  # as ZM
+        self.bn1, self.bn2 = (nn.BatchNorm2d(c) for c in (c_in, c_out))  # C8
         self.conv1, self.conv2 = conv3x3(c_in, c_out, stride=stride), conv3x3(c_out, c_out)
         self.first, self.shortcut = c_in == 16, nn.Identity()
         if c_in != c_out:
@@ -1048,7 +1050,7 @@ class WideResNet(nn.Module):
         for c_in, c_out, stride in ((16, 32, 1), (32, 64, 2), (64, 128, 2)):
             self.blocks.append(WideBlock(c_in, c_out, stride))
             self.blocks.extend(WideBlock(c_out, c_out, 1) for _ in range(3))
-        self.bn = nn.BatchNorm2d(128, momentum=0.001)
+        self.bn = nn.BatchNorm2d(128)
         for p in self.parameters():
             if p.ndim == 4:
                 nn.init.kaiming_normal_(p, mode="fan_out", nonlinearity="leaky_relu")
@@ -1240,9 +1242,15 @@ def optimizer_of(
 
 
 def average_of(student: nn.Module, decay: float) -> AveragedModel:
-    """`.module`: weights <- decay * weights + (1 - decay) * student's, batch statistics included.
+    """`.module`: weights <- d * weights + (1 - d) * student's, batch statistics included, where
+    d = min(decay, (1 + t) / (10 + t)) after t updates: early averages are short.  # C8
     The first update copies; with decay 0 every update does."""
-    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def update(averaged: list[Tensor], current: list[Tensor], t: Tensor) -> None:
+        now = min(decay, (1 + t.item()) / (10 + t.item()))  # t stays on the CPU
+        get_ema_multi_avg_fn(now)(averaged, current, t)
+
+    return AveragedModel(student, multi_avg_fn=update, use_buffers=True)
 
 
 @torch.no_grad()

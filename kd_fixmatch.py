@@ -271,15 +271,16 @@ def train_fixmatch(
     first_step, _ = run.restore(stage, parts)
     net = data_parallel(student)
 
+    key = f"stage {stage}"
     for step in range(first_step, args.num_steps):
-        seed_step(args.seed, f"stage {stage}", step)  # so that a resumed run repeats the same step
+        seed_step(args.seed, key, step)  # so that a resumed run repeats the same step
         lr = args.lr * lr_at(step, args.num_steps, args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        at_lb = batch_at(len(labeled_idx), args.batch_size, args.seed, step)
+        at_lb = batch_at(len(labeled_idx), args.batch_size, args.seed, key + " labeled", step)
         idx_lb, y_lb = labeled_idx[at_lb], y_lb_all[at_lb]
-        idx_ulb = batch_at(len(train), args.uratio * args.batch_size, args.seed, step)
+        idx_ulb = batch_at(len(train), args.uratio * args.batch_size, args.seed, key, step)
         x_lb, x_ulb_w, x_ulb_s = train.weak(idx_lb), train.weak(idx_ulb), train.strong(idx_ulb)
         B, B_u = len(idx_lb), len(idx_ulb)  # under torchrun, this process's share
 

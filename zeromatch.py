@@ -253,7 +253,7 @@ def train_stage1(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        idx = batch_at(len(train), args.uratio * args.batch_size, args.seed, step)
+        idx = batch_at(len(train), args.uratio * args.batch_size, args.seed, "stage 1", step)
         student.train()
         with run.autocast():
             logits, _, _ = net(train.weak(idx))  # weak views only, as published
@@ -295,9 +295,9 @@ def train_stage2(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        at_lb = batch_at(len(labeled_idx), args.batch_size, args.seed, step)
+        at_lb = batch_at(len(labeled_idx), args.batch_size, args.seed, "labeled", step)
         idx_lb, y_lb = labeled_idx[at_lb], y_lb_all[at_lb]
-        idx_ulb = batch_at(len(train), args.uratio * args.batch_size, args.seed, step)
+        idx_ulb = batch_at(len(train), args.uratio * args.batch_size, args.seed, "unlabeled", step)
         x_lb, x_ulb_w, x_ulb_s = train.weak(idx_lb), train.weak(idx_ulb), train.strong(idx_ulb)
         B, B_u = len(idx_lb), len(idx_ulb)  # under torchrun, this process's share
 

@@ -55,7 +55,7 @@ ROWS: dict[str, Row] = {
     "pseudo-label as feature input": (adamatch, {"feature_input": True}, "one stage"),
     "FixMatch": (kd_fixmatch, {"outer_only": True}, "one stage"),
     "AdaMatch": (adamatch, {}, "one stage"),
-    "AdaMatch, original variant": (adamatch, {"variant": "original"}, "one stage"),
+    "AdaMatch, paper": (adamatch, {"variant": "paper"}, "one stage"),
     "KD-FixMatch (CE)": (kd_fixmatch, {"unsup_loss": "ce"}, "halves"),
     "KD-FixMatch (SCE 1.0, 0.1)": (kd_fixmatch, {"unsup_loss": "sce"}, "halves"),
     REFERENCE: (zeromatch, {}, "two stages"),

@@ -271,7 +271,7 @@ def resident():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 for step in range(int(sys.argv[3]) + 5):
-    idx = common.batch_at(len(x), 64, 0, step)
+    idx = common.batch_at(len(x), 64, 0, "stage 1", step)
     views.weak(idx), views.strong(idx)
     before = resident() if step < 5 else before  # the first steps load what they need
 print(before, resident())

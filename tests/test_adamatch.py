@@ -26,9 +26,12 @@ def go(folder, **changes):
     return only_run(folder)
 
 
-def test_unlabeled_weight_warms_up_over_the_first_half():
-    assert adamatch.mu_at(0, 100) == 0 and adamatch.mu_at(25, 100) == pytest.approx(0.5)
-    assert adamatch.mu_at(50, 100) == 1 and adamatch.mu_at(99, 100) == 1
+@pytest.mark.parametrize("lambda_u, weights", [
+    (1, [0, 0.5, 1, 1, 1]), (3, [0, 0.5, 1, 2, 3]), (0, [0, 0.5, 1, 0.5, 0]),
+])  # fmt: skip
+def test_the_weight_of_loss_u_reaches_1_at_half_time_and_lambda_u_at_the_end(lambda_u, weights):
+    found = [adamatch.u_weight_at(step, 100, lambda_u) for step in range(0, 101, 25)]
+    assert found == pytest.approx(weights)
 
 
 def test_interpolated_logits_lie_between_both_passes_and_carry_both_gradients():
@@ -63,7 +66,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"variant": "original"}, {"supervised_only": True}, {"feature_input": True},
+    {}, {"variant": "paper"}, {"supervised_only": True}, {"feature_input": True},
     {"lambda_u": 0.3}, {"tau": 0.5},
 ], ids=str)  # fmt: skip
 def test_every_variant_runs_differs_from_adamatch_and_resumes_exactly(
@@ -73,7 +76,7 @@ def test_every_variant_runs_differs_from_adamatch_and_resumes_exactly(
     folder = go(tmp_path / "a", **changes)
     assert 0 <= json.loads((folder / "result.json").read_text())["test_acc"] <= 100
     tau = json.loads((folder / "args.json").read_text())["tau"]
-    assert tau == changes.get("tau", 0.9 if changes.get("variant") == "original" else 0.95)
+    assert tau == changes.get("tau", 0.9 if changes.get("variant") == "paper" else 0.95)
     first = "model.encoder.0.0.weight"
     assert torch.equal(weights(folder)[first], weights(plain)[first]) == (not changes)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
@@ -85,22 +88,23 @@ def test_every_variant_runs_differs_from_adamatch_and_resumes_exactly(
     assert differences(folder, killed) == []
 
 
-@pytest.mark.parametrize("variant", ["zeromatch", "original"])
+@pytest.mark.parametrize("variant", ["usb", "paper"])
 def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, variant):
     """One step, its losses and running statistics recomputed from the same weights and views."""
     own = {"num_steps": 1, "log_every": 1, "uratio": 4, "tau": 0.92, "variant": variant}
-    run, original = go(tmp_path, **own), variant == "original"
+    run, paper = go(tmp_path, **own), variant == "paper"
     data, views = common.load_data("digits", "data"), digits_views()
     drawn = torch.from_numpy(common.draw_labeled(data.train.y, 10, 10, 0))
-    lb, ulb = drawn[common.batch_at(10, 8, 0, 0)], common.batch_at(len(views), 32, 0, 0)
+    lb = drawn[common.batch_at(10, 8, 0, "labeled", 0)]
+    ulb = common.batch_at(len(views), 32, 0, "unlabeled", 0)
     student = new_student()
     common.seed_step(0, "adamatch", 0)
-    x_lb = torch.cat([views.weak(lb), views.strong(lb)]) if original else views.weak(lb)
-    rows, y = len(x_lb), np.tile(data.train.y[lb], 2 if original else 1)
+    x_lb = torch.cat([views.weak(lb), views.strong(lb)]) if paper else views.weak(lb)
+    rows, y = len(x_lb), np.tile(data.train.y[lb], 2 if paper else 1)
     logits = student(torch.cat([x_lb, views.weak(ulb), views.strong(ulb)]))[0].detach().double()
     statistics = {name: buffer.clone() for name, buffer in student.named_buffers()}
     logits_lb = logits[:rows]
-    if original:  # random logit interpolation
+    if paper:  # random logit interpolation
         lam = torch.cat([torch.rand(8, 10), torch.rand(8, 10)]).double()
         alone = student(x_lb)[0].detach().double()
         assert not torch.allclose(alone, logits_lb, atol=1e-3)  # batch statistics differ
@@ -109,20 +113,21 @@ def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, variant):
     parts = (logits_lb, logits[rows:-32], logits[-32:])
     probs_lb, weak, strong = (soft(part.numpy()) for part in parts)
     loss_s = -np.log(probs_lb[np.arange(rows), y]).mean()
-    p_lb = 0.99 * 0.1 + 0.01 * probs_lb[:8].mean(axis=0)
-    p_ulb = (127 * 0.1 + weak.mean(axis=0)) / 128 if original else weak.mean(axis=0)
+    decay = 0.999 if paper else 0.99
+    p_lb = decay * 0.1 + (1 - decay) * probs_lb[:8].mean(axis=0)
+    p_ulb = (127 * 0.1 + weak.mean(axis=0)) / 128 if paper else weak.mean(axis=0)
     aligned = weak * (p_lb + 1e-6) / (p_ulb + 1e-6)
     aligned /= aligned.sum(axis=1, keepdims=True)
     kept = aligned.max(axis=1) >= 0.92 * probs_lb[:8].max(axis=1).mean()
     loss_u = -(np.log(strong[np.arange(32), aligned.argmax(axis=1)]) * kept).mean()
-    loss = loss_s + (0 if original else loss_u)  # mu_0 = 0
+    loss = loss_s + (0 if paper else loss_u)  # its weight starts at 0
     logged = [column(run, f"train/{name}")[0] for name in ("loss_s", "loss_u", "loss")]
     assert logged == pytest.approx([loss_s, loss_u, loss], rel=1e-4) and 0 < kept.mean() < 1
     state = checkpoint(run)["model"]  # the extra pass moves no running statistics
     assert all(torch.allclose(state[name].double(), b.double()) for name, b in statistics.items())
 
 
-@pytest.mark.parametrize("changes", [{}, {"variant": "original"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"variant": "paper"}], ids=str)
 def test_shuffling_the_hidden_labels_changes_no_weight(tmp_path, monkeypatch, changes):
     one = go(tmp_path / "a", **changes)
     other_hidden_labels(monkeypatch, adamatch, 10, shuffled)

@@ -148,7 +148,7 @@ def test_batches_and_random_numbers_of_processes_are_the_rows_of_one(monkeypatch
         monkeypatch.setattr(common, "RANK", rank)
         monkeypatch.setattr(common, "PROCESSES", processes)
         common.seed_step(0, "stage", 5)
-        return common.batch_at(37, batch, 3, 5), common.uniform(batch // processes, 2, 3)
+        return common.batch_at(37, batch, 3, "a", 5), common.uniform(batch // processes, 2, 3)
 
     whole, *parts = draw(0, 1), draw(0, 3), draw(1, 3), draw(2, 3)
     for at in (0, 1):

@@ -125,7 +125,7 @@ def labels(tmp_path_factory) -> str:
 def test_the_readme_lists_the_metrics_that_are_logged_and_no_others(tmp_path, labels):
     own = {
         "zeromatch": {"stages": "2", "pseudolabels": labels},
-        "adamatch": {"variant": "original"},
+        "adamatch": {"variant": "paper"},
         "kd_fixmatch": {"tau_select": 0.1, "num_labels": 40, "num_steps": 40, "ema_decay": 0.5},
     }
     logged = set()

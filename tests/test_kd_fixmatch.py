@@ -362,10 +362,11 @@ def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, monkeypatc
     own = {"tau": 0.14, "tau_inner": 0.15, "unsup_loss": "mae", "lambda_u": 0.7, "uratio": 4}
     folder, _ = go(tmp_path, num_steps=1, log_every=1, **own)
     data, views = common.load_data("digits", "data"), digits_views()
-    labeled = common.draw_labeled(data.train.y, 40, 10, 0)[common.batch_at(40, 8, 0, 0)]
-    idx = common.batch_at(len(views), 32, 0, 0)
+    drawn = common.draw_labeled(data.train.y, 40, 10, 0)
     for stage, name, tau in ((1, "weights", 0.14), (3, "inner weights", 0.15)):
         student = new_student(name)
+        labeled = drawn[common.batch_at(40, 8, 0, f"stage {stage} labeled", 0)]
+        idx = common.batch_at(len(views), 32, 0, f"stage {stage}", 0)
         common.seed_step(0, f"stage {stage}", 0)
         x = [views.weak(torch.from_numpy(labeled)), views.weak(idx), views.strong(idx)]
         probs = student(torch.cat(x))[0].softmax(dim=1).detach().numpy()

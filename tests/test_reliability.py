@@ -289,7 +289,7 @@ def shelf(tmp_path_factory, digits_file, student):
         "latin.csv": b"text,label\n\xfc,a\n", "bad.jsonl": '{"text": "one", "label": 1}\n{"text',
         "list.jsonl": "[1]\n", "stranger.csv": "text,label\nnew,coffee\n",
         "garbage.pt": b"PK garbage", "run/args.json": "{}", "damaged/args.json": "{",
-        "other/args.json": json.dumps({"variant": "original"}), "run/checkpoint.pt": b"garbage",
+        "other/args.json": json.dumps({"variant": "paper"}), "run/checkpoint.pt": b"garbage",
         "cut/model.safetensors": b"\x09\x00\x00", "odd/model.safetensors": b"",
         "cut/config.json": (student / "config.json").read_bytes(), "odd/config.json": "[]",
         "model/config.json": '{"model_type": "nothing"}', "flat/a.txt": "", "shares.json": "{}",

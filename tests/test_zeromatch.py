@@ -163,7 +163,8 @@ def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, anneal, ag
     ))  # fmt: skip
 
     views, drawn = digits_views(), common.draw_labeled(data.train.y, 10, 10, 0)
-    lb, ulb = torch.from_numpy(drawn)[common.batch_at(10, 8, 0, 0)], common.batch_at(1297, 32, 0, 0)
+    lb = torch.from_numpy(drawn)[common.batch_at(10, 8, 0, "labeled", 0)]
+    ulb = common.batch_at(1297, 32, 0, "unlabeled", 0)
     student = new_student()
     common.seed_step(0, "auxiliary head", 0)
     student.add_kd_head()
