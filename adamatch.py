@@ -146,9 +146,9 @@ class Args:
     tau: float | None = None
     """Relative threshold in [0, 1]: multiplies the mean labeled confidence; unset: by variant."""
     lambda_u: float = 1.0
-    """Weight of loss_u (paper: at the end)."""
+    """Weight of loss_u."""
     marginal_decay: float | None = None
-    """Decay of the running class marginals p_lb and p_ulb; paper: of p_lb, unset 0.999."""
+    """Decay of the running class marginals p_lb and p_ulb."""
 
 
 # ---------------------------------------------------------------------------- the method

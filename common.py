@@ -14,7 +14,8 @@ Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
   C5  WRN-28-2: each block's first batch norm feeds its first convolution. In ZM's copy the one at
       the head of groups 2 and 3 feeds nothing and gets no gradient.
   C6  SVHN is not mirrored (ZM mirrors digits). EuroSAT is also turned upside down, as published.
-  C7  Several CPU processes: batch statistics are those of each process; on GPUs, of all.
+  C7  Several processes: on CPUs each has its own batch statistics; random crops of images without
+      border are alike in each.
   C8  The decay of averaged weights and batch statistics grows to its published value, so that short
       runs are not evaluated with the weights of their first steps. WRN-28-2's batch norms have
       momentum 0.1 (ZM: 0.001): the average, decay 0.999, is the long memory.
@@ -65,7 +66,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models import VisionTransformer, efficientnet_b0
 from torchvision.models.vision_transformer import interpolate_embeddings
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import RandomResizedCrop, functional
 from tqdm import tqdm
 
 csv.field_size_limit(2**31 - 1)  # texts may be long
@@ -638,14 +639,12 @@ def decode(files: list, store: str, preset: Preset, part: str, test_keys: Any = 
 
 def decode_one(file: str, side: int, shape: tuple) -> tuple[bytes, str]:
     """(a picture [C, H, W] in bytes, hash of its full pixels); both empty if it is unreadable."""
-    from torchvision.transforms import functional as geometry
-
     try:
         image = read_picture(file)
     except Exception:  # damaged files make Pillow raise errors of many kinds
         return b"", ""
-    fitted = geometry.resize(image, [side] if shape[1] < side else [side, side])
-    pixels = np.asarray(geometry.center_crop(fitted, shape[1:])).transpose(2, 0, 1)
+    fitted = functional.resize(image, [side] if shape[1] < side else [side, side])
+    pixels = np.asarray(functional.center_crop(fitted, shape[1:])).transpose(2, 0, 1)
     content = image.tobytes() + str(image.size).encode()
     return pixels.tobytes(), content_hash(content).hex()
 
@@ -664,15 +663,12 @@ def read_picture(file: str | Path) -> Any:
         return image.convert("RGB")
 
 
-def measured_part(data: Data, y_zs: ndarray | None = None) -> tuple[Split, str]:
-    """(the part to evaluate, what is measured): the test part and "test_acc", if there is one.
-    Otherwise 2,000 training examples: "agreement" with the teacher's labels y_zs [N], or, without
-    a teacher, "labeled_acc" on those with a label."""
+def measured_part(data: Data) -> tuple[Split, str]:
+    """(the part to evaluate, what is measured): the test part and "test_acc"; if there is none, up
+    to 2,000 of the labeled training examples and "labeled_acc"."""
     if data.test is not None:
         return data.test, "test_acc"
-    labels, measured = (data.train.y, "labeled_acc") if y_zs is None else (y_zs, "agreement")
-    shown = np.sort(RandomState(0).permutation(np.flatnonzero(labels >= 0))[:2000])
-    return replace(data.train.take(shown), y=labels[shown]), measured
+    return data.train.take(np.flatnonzero(data.train.y >= 0)[:2000]), "labeled_acc"
 
 
 def share_right(right: int, total: int) -> str:
@@ -709,14 +705,14 @@ def draw_labeled(y: ndarray, num_labels: int, num_classes: int, seed: int) -> nd
 
 # ---------------------------------------------------------------------------- views of images
 # Every image has its own random parameters, a row of u, uniform in [0, 1) and drawn on the CPU:
-# views are the same on every device. Images: uint8 [n, C, S, S], Pillow's bytes but for ties.
+# views are the same on every device. Images: uint8 [n, C, S, S], at most 2 levels from Pillow's.
 
 
 def pick_pixels(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """out[n, c, i, j] = x[n, c, rows[n, i, j], columns[n, i, j]]; both may broadcast."""
-    at = (rows * x.shape[3] + columns).long()  # [n, h, w]
-    picked = x.flatten(2).gather(2, at.flatten(1)[:, None].expand(-1, x.shape[1], -1))
-    return picked.unflatten(2, at.shape[1:])
+    """out[n, c, i, j] = x[n, c, rows[n, 0, i, j], columns[n, 0, i, j]]; both may broadcast."""
+    at = (rows * x.shape[3] + columns).long()  # [n, 1, h, w]
+    picked = x.flatten(2).gather(2, at.flatten(2).expand(-1, x.shape[1], -1))
+    return picked.unflatten(2, at.shape[2:])
 
 
 def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tensor:
@@ -730,115 +726,65 @@ def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tenso
         columns = torch.where(u[:, 2:] < 0.5, columns.flip(1), columns)
     if flip == 2:
         rows = torch.where(u[:, 2:] * 2 % 1 < 0.5, rows.flip(1), rows)
-    return pick_pixels(x, rows[:, :, None], columns[:, None])
+    return pick_pixels(x, rows[:, None, :, None], columns[:, None, None])
 
 
-def random_resized_crop(x: Tensor, size: int) -> Tensor:
-    """A random part of each image, 0.08 to 1 of the area, sides 3:4 to 4:3, resized to a square."""
-    n, ranges = len(x), ([0.08, 1], [3 / 4, 4 / 3])
-    boxes = [v2.RandomResizedCrop.get_params(x, *ranges) for _ in range(PROCESSES * n)]
-    rows = zip(x, boxes[RANK * n :], strict=False)  # boxes as one process would draw them
-    return torch.stack([v2.functional.resized_crop(image, *box, [size] * 2) for image, box in rows])
+def enhance(operation: Callable[..., Tensor], x: Tensor, v: Tensor) -> Tensor:
+    """v * image + (1 - v) * what torchvision's operation makes of it at factor 0 (black, gray, its
+    mean, or smooth), cut to integers."""
+    base = operation(x, 0.0).float()
+    return (x.float() - base).mul_(v).add_(base).short().byte()
 
 
-def luminance(x: Tensor) -> Tensor:
-    """Pillow's gray value (R*19595 + G*38470 + B*7471 + 2^15) / 2^16. [n, C, S, S] -> C = 1."""
-    if x.shape[1] == 1:
-        return x
-    r, g, b = x.int().unbind(dim=1)
-    return ((r * 19595 + g * 38470 + b * 7471 + 32768) >> 16).byte()[:, None]
-
-
-def blend(base: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """base + v * (x - base), cut to an integer (in two steps that CPUs vectorize); v [n]."""
-    base = base.float()
-    return (x.float() - base).mul_(v[:, None, None, None]).add_(base).short().byte()
-
-
-def auto_contrast(x: Tensor, v: Tensor) -> Tensor:
-    """Stretch every channel to 0 ... 255; a flat channel stays."""
-    low, high = (end(dim=(2, 3), keepdim=True).float() for end in (x.amin, x.amax))
-    stretched = (x.float() - low).mul_(255 / (high - low)).add_(1e-4)
-    return torch.where(low < high, stretched, x).short().byte()
-
-
-def contrast(x: Tensor, v: Tensor) -> Tensor:
-    """Towards the image's mean luminance, rounded."""
-    mean = luminance(x).float().mean(dim=(1, 2, 3), keepdim=True)
-    return blend((mean + 0.5).floor(), x, v)
-
-
-def sharpness(x: Tensor, v: Tensor) -> Tensor:
-    """Towards the image filtered by [1 1 1; 1 5 1; 1 1 1] / 13, rounded; the border stays."""
-    base, wide = x.clone(), x.short()
-    rows = wide[:, :, :-2] + wide[:, :, 1:-1] + wide[:, :, 2:]
-    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[:, :, 1:-1, 1:-1]
-    base[:, :, 1:-1, 1:-1] = (total + 6) / 13
-    return blend(base, x, v)
-
-
-def affine(x: Tensor, matrix: Tensor) -> Tensor:
+def affine(x: Tensor, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Tensor:
     """Pillow's AFFINE: out(x, y) = in(ax + by + c, dx + ey + f), nearest neighbor, black outside.
-    Coordinates are of pixel centers. matrix [n, 6]: a to f."""
-    center = torch.arange(0.5, x.shape[3], device=x.device)
-    of_x, of_y, shift = matrix.view(-1, 2, 3, 1, 1).unbind(dim=2)
-    at = (of_x * center + of_y * center[:, None] + shift).floor().int()  # [n, 2, S, S]
-    columns, rows = (at.clamp(-1, x.shape[3]) + 1).unbind(dim=1)
+    Coordinates are of pixel centers. a to f: numbers or [n, 1, 1, 1]."""
+    side = x.shape[3]
+    center = torch.arange(0.5, side, device=x.device)
+    columns, rows = a * center + b * center[:, None] + c, d * center + e * center[:, None] + f
+    columns, rows = (at.floor().int().clamp(-1, side) + 1 for at in (columns, rows))
     return pick_pixels(F.pad(x, (1, 1, 1, 1)), rows, columns)
 
 
-def rotation(v: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+def rotate(x: Tensor, v: Tensor) -> Tensor:
     """By v degrees counter-clockwise around the middle."""
-    cos, sin, cy, cx = v.deg2rad().cos(), v.deg2rad().sin(), height / 2, width / 2
-    return cos, -sin, cx - cos * cx + sin * cy, sin, cos, cy - sin * cx - cos * cy
+    cos, sin, middle = v.deg2rad().cos(), v.deg2rad().sin(), x.shape[3] / 2
+    return affine(x, cos, -sin, middle * (1 - cos + sin), sin, cos, middle * (1 - cos - sin))
 
 
-# RandAugment's 14 operations: (lowest v, highest v, function), from ZM
-# semilearn/datasets/augmentation/randaugment.py.  # C3
-PIXEL_OPERATIONS = {  # (x, v) -> x
-    "AutoContrast": (0, 1, auto_contrast),
-    "Brightness": (0.05, 0.95, lambda x, v: blend(torch.zeros_like(x), x, v)),
-    "Color": (0.05, 0.95, lambda x, v: blend(luminance(x), x, v)),  # C4
-    "Contrast": (0.05, 0.95, contrast),
-    "Equalize": (0, 1, lambda x, v: v2.functional.equalize(x) if x.shape[3] >= 16 else x),
+RAND_AUGMENT = {  # lowest v, highest v, (x, v [n, 1, 1, 1]) -> x.  # C3
+    "AutoContrast": (0, 1, lambda x, v: functional.autocontrast(x)),
+    "Brightness": (0.05, 0.95, partial(enhance, functional.adjust_brightness)),
+    "Color": (0.05, 0.95, partial(enhance, functional.adjust_saturation)),  # C4
+    "Contrast": (0.05, 0.95, partial(enhance, functional.adjust_contrast)),
+    "Equalize": (0, 1, lambda x, v: functional.equalize(x) if x.shape[3] >= 16 else x),
     "Identity": (0, 1, lambda x, v: x),
-    "Posterize": (4, 8, lambda x, v: x & (256 - 2 ** (8 - v.long())).byte()[:, None, None, None]),
-    "Sharpness": (0.05, 0.95, sharpness),
-    "Solarize": (0, 256, lambda x, v: x ^ 255 * (x >= v[:, None, None, None]).byte()),
+    "Posterize": (4, 8, lambda x, v: x & (256 - 2 ** (8 - v.long())).byte()),
+    "Rotate": (-30, 30, rotate),
+    "Sharpness": (0.05, 0.95, partial(enhance, functional.adjust_sharpness)),
+    "ShearX": (-0.3, 0.3, lambda x, v: affine(x, 1, v, 0, 0, 1, 0)),
+    "ShearY": (-0.3, 0.3, lambda x, v: affine(x, 1, 0, 0, v, 1, 0)),
+    "Solarize": (0, 256, lambda x, v: x ^ 255 * (x >= v).byte()),
+    "TranslateX": (-0.3, 0.3, lambda x, v: affine(x, 1, 0, v * x.shape[3], 0, 1, 0)),
+    "TranslateY": (-0.3, 0.3, lambda x, v: affine(x, 1, 0, 0, 0, 1, v * x.shape[3])),
 }
-AFFINE_OPERATIONS = {  # (v, height, width) -> `affine`'s matrix
-    "Rotate": (-30, 30, rotation),
-    "ShearX": (-0.3, 0.3, lambda v, height, width: (1, v, 0, 0, 1, 0)),
-    "ShearY": (-0.3, 0.3, lambda v, height, width: (1, 0, 0, v, 1, 0)),
-    "TranslateX": (-0.3, 0.3, lambda v, height, width: (1, 0, v * width, 0, 1, 0)),
-    "TranslateY": (-0.3, 0.3, lambda v, height, width: (1, 0, 0, 0, 1, v * height)),
-}
-RAND_AUGMENT = PIXEL_OPERATIONS | AFFINE_OPERATIONS
 RANGES = torch.tensor([row[:2] for row in RAND_AUGMENT.values()])
-PUBLISHED_ORDER = torch.tensor([list(RAND_AUGMENT).index(name) for name in sorted(RAND_AUGMENT)])
 
 
 def rand_augment(x: Tensor, u: Tensor) -> Tensor:
     """Three operations per image, drawn with replacement, each with v uniform in its range.
-    u [n, 3, 2]: (operation, v) of each round. In a round, images are sorted by operation, and one
-    call does all affine ones."""
-    numbers = PUBLISHED_ORDER[(u[..., 0] * len(RAND_AUGMENT)).long()]  # [n, 3]
+    u [n, 3, 2]: (operation, v) of each round. In a round, images are sorted by operation."""
+    numbers = (u[..., 0] * len(RAND_AUGMENT)).long()  # [n, 3]
     low, high = RANGES[numbers].unbind(dim=2)
     values = low + (high - low) * u[..., 1]
     for number, v in zip(numbers.T, values.T, strict=True):
         number, order = number.sort()
-        x, v = x.index_select(0, order.to(x.device)), v[order].to(x.device)
         sizes = number.bincount(minlength=len(RAND_AUGMENT)).tolist()  # on the CPU: no GPU waits
-        done, matrices = [], []
-        for name, x_part, v_part in zip(RAND_AUGMENT, x.split(sizes), v.split(sizes), strict=True):
-            operate = RAND_AUGMENT[name][2]
-            if name in PIXEL_OPERATIONS:
-                done.append(operate(x_part, v_part))
-            else:
-                entries = operate(v_part, *x.shape[2:])
-                matrices.append(torch.stack([entry + 0 * v_part for entry in entries], dim=1))
-        done.append(affine(x[sum(map(len, done)) :], torch.cat(matrices)))
-        x = torch.cat(done).index_select(0, order.argsort().to(x.device))
+        x = x.index_select(0, order.to(x.device)).split(sizes)
+        v = v[order, None, None, None].to(x[0].device).split(sizes)
+        operations = (operation for _, _, operation in RAND_AUGMENT.values())
+        done = [operation(*part) for operation, *part in zip(operations, x, v, strict=True)]
+        x = torch.cat(done).index_select(0, order.argsort().to(done[0].device))
     return x
 
 
@@ -857,7 +803,6 @@ def cutout(x: Tensor, u: Tensor) -> Tensor:
 
 
 WEAK_DRAWS, STRONG_DRAWS = 3, 12  # random numbers u per image
-CACHE_BYTES = 3 * 2**19  # a CPU makes views of so many bytes of images at a time
 
 
 def strong_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tensor:
@@ -871,7 +816,7 @@ class Views:
     A split of up to 1 GiB is kept on the device; a larger one stays where it is."""
 
     def __init__(self, split: Split, preset: Preset, device: torch.device) -> None:
-        self.size, self.pad, self.flip, self.device = preset.size, preset.pad, preset.flip, device
+        self.geometry, self.device = (preset.size, preset.pad, preset.flip), device
         statistics = 255 * torch.tensor([preset.mean, preset.std], device=device)
         self.mean, self.std = statistics[..., None, None]  # [C, 1, 1]
         self.y, x = torch.from_numpy(split.y).to(device), torch.from_numpy(split.x)
@@ -885,26 +830,24 @@ class Views:
 
     def weak(self, idx: Tensor) -> Tensor:
         """Normalized weak views [n, C, size, size] of the examples at idx [n]."""
-        return self.augmented(self.pixels(idx), uniform(len(idx), WEAK_DRAWS), crop_and_flip)
+        u = uniform(len(idx), WEAK_DRAWS)
+        return self.normalized(crop_and_flip(self.pixels(idx), u, *self.geometry))
 
     def strong(self, idx: Tensor) -> Tensor:
         """Normalized strong views; without a border, of a random part resized to the whole."""
         x, u = self.pixels(idx), uniform(len(idx), STRONG_DRAWS)
-        x = x if self.pad else random_resized_crop(x, self.size)
-        return self.augmented(x, u, strong_augment)
-
-    def augmented(self, x: Tensor, u: Tensor, augment: Callable[..., Tensor]) -> Tensor:
-        """Normalized views of x by u [n, draws]; on a CPU, a cache full of images at a time."""
-        n = max(1, CACHE_BYTES // x[0].nbytes) if x.is_cpu else len(x)
-        parts, how = zip(x.split(n), u.split(n), strict=True), (self.size, self.pad, self.flip)
-        return torch.cat([self.normalized(augment(*part, *how)) for part in parts])
+        size, pad, _ = self.geometry
+        if not pad:
+            crop = RandomResizedCrop(size)  # 0.08 to 1 of the area, sides 3:4 to 4:3
+            x = torch.stack([crop(image) for image in x])
+        return self.normalized(strong_augment(x, u, *self.geometry))
 
     def normalized(self, x: Tensor) -> Tensor:
         return x.float().sub_(self.mean).div_(self.std)
 
     def plain(self, idx: Tensor) -> Tensor:
         """The normalized images themselves, those stored larger cropped at the center."""
-        return self.normalized(v2.functional.center_crop(self.pixels(idx), [self.size]))
+        return self.normalized(functional.center_crop(self.pixels(idx), self.geometry[:1]))
 
 
 # ---------------------------------------------------------------------------- views of texts
@@ -1316,8 +1259,8 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.folder))
-        self.start = self.saved = self.mark = time.perf_counter()
-        self.steps, self.signal = 0, 0  # steps since self.mark
+        self.start = self.saved = time.perf_counter()
+        self.signal = 0
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.note_signal)
@@ -1358,7 +1301,7 @@ class Run:
 
     def restore(self, stage: int, parts: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """(first step, state): from the checkpoint if it is of this stage, else (0, {})."""
-        self.mark, self.steps = time.perf_counter(), 0
+        self.stage_start, self.steps = time.perf_counter(), 0  # of this session
         if self.state["stage"] != stage:
             return 0, {}
         for name, part in parts.items():
@@ -1382,11 +1325,11 @@ class Run:
             return
         means = {name: column.nanmean().item() for name, column in self.columns(stage, step)}
         row = {f"train/{name}": mean for name, mean in means.items()}
-        row["time/step_per_s"] = rate = self.steps / (time.perf_counter() - self.mark)
+        row["time/step_per_s"] = rate = self.steps / (time.perf_counter() - self.stage_start)
         left = timedelta(seconds=round((num_steps - step - 1) / rate))
         said = f"{line.format(**means)} | {rate:.3g} step/s, {left} left"
         self.write(stage, step, row, f"/{num_steps} | {said}")
-        self.pending, self.mark, self.steps = {}, time.perf_counter(), 0
+        self.pending = {}
 
     def columns(self, stage: int, step: int) -> Iterator[tuple[str, Tensor]]:
         """(name, pending values [steps], mean over processes). Raises UserError as `log` does."""
@@ -1453,8 +1396,7 @@ class Run:
             "counts": self.counts, "metrics_bytes": self.metrics.tell(), **parts, **state,
         }, buffer)  # fmt: skip
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
-        self.saved = self.mark = time.perf_counter()
-        self.steps = 0
+        self.saved = time.perf_counter()
         if self.urgent():  # right after a save: on a signal only
             raise KeyboardInterrupt(self.folder)
 

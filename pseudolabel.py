@@ -62,12 +62,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image, to_tensor
+from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image, to_tensor
 from tqdm import tqdm
 
 from common import (
     PRESETS, Data, SmallCNN, Student, UserError, class_counts, cli, decode, files_below,
-    first_process_first, load_data, load_pretrained, load_student, luminance, make_views, predict,
+    first_process_first, load_data, load_pretrained, load_student, make_views, predict,
     preset_of, reason_of, seed_step, setup_device, share_right, write_atomically,
 )  # fmt: skip
 
@@ -885,7 +885,7 @@ def main(args: Args) -> Row:
         store = f"{args.data_dir}/decoded/new-{digest(str(folder.resolve()).encode())}"
         part = decode([(file, -1) for file in files_below(folder)], store, preset, "test")
         if len(config["mean"]) == 1:
-            part.x = luminance(torch.tensor(part.x)).numpy()
+            part.x = rgb_to_grayscale(torch.tensor(part.x)).numpy()
         data = Data(folder.resolve().name, config["classes"], part, None)
     else:
         data = load_data(args.dataset, args.data_dir, args.test_file)

@@ -391,7 +391,7 @@ def main(args: Args) -> dict[str, Any]:
     y_zs, y_lb_all = (torch.from_numpy(y).to(device) for y in (zero_shot, data.train.y[labeled]))
     if args.prior == "teacher":
         prior = teacher_shares(y_zs, y_lb_all, K)
-    test_part, measured = measured_part(data, zero_shot)
+    test_part, measured = measured_part(data)
     name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(name, asdict(args), device, dtype)
     run.describe(data, labeled, measured, zero_shot, prior)

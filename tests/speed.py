@@ -114,7 +114,7 @@ def measure_views(preset: str, stored: int, pairs: int, repeats: int) -> dict[st
     return in_turn({
         "ours": lambda: (ours.weak(idx), ours.strong(idx)),
         "per image": lambda: (theirs.weak(idx), theirs.strong(idx)),
-        "output": lambda: [ours.augmented(ready, idx, lambda x, *given: x) for _ in "ws"],
+        "output": lambda: [ours.normalized(ready) for _ in "ws"],
     }, repeats)  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def shipped_steps(case: SimpleNamespace, num_steps: int) -> None:
     run.save = lambda *given, **parts: None  # checkpoints are written every few thousand steps
     first, rest = (case.student, labeled, case.y[labeled]), (case.views, case.few)
     with contextlib.redirect_stdout(io.StringIO()):
-        run.describe(data, labeled.numpy(), "agreement")
+        run.describe(data, labeled.numpy(), "labeled_acc")
         if case.script is zeromatch:
             zeromatch.train_stage2(*first, case.y, *rest, None, args, run)
         elif case.script is adamatch:

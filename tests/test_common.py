@@ -167,16 +167,14 @@ def test_the_accuracy_of_pseudo_labels_by_hand():
 
 
 def test_without_a_test_part_known_training_labels_are_measured():
-    y, y_zs = np.array([0, -1, 1, -1]), np.array([-1, 1, 0, 0])
-    train = common.Split(np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8), y)
+    x, y = np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8), np.array([0, -1, 1, -1])
+    train = common.Split(x, y)
     data = common.Data("own", ["a", "b"], train, None)
-    for labels, name in ((None, "labeled_acc"), (y_zs, "agreement")):
-        known = np.flatnonzero((y if labels is None else labels) >= 0)
-        part, measured = common.measured_part(data, labels)
-        assert measured == name and np.array_equal(part.x, train.x[known])
-        assert part.y.tolist() == (y if labels is None else labels)[known].tolist()
+    part, measured = common.measured_part(data)
+    assert measured == "labeled_acc" and np.array_equal(part.x, x[[0, 2]])
+    assert part.y.tolist() == [0, 1]
     whole = common.Data("own", ["a", "b"], train, train.take(np.array([2])))
-    assert common.measured_part(whole, y_zs)[1] == "test_acc"
+    assert common.measured_part(whole)[1] == "test_acc"
     with pytest.raises(UserError, match="own has no test part"):
         data.part("test")
 

@@ -21,7 +21,7 @@ def new_run(folder, prior=None, y=(0, 0, 1, 2, -1, -1), zero_shot=(0, 1, 1, 2, -
     run = common.Run("test", args, torch.device("cpu"), None)
     part = common.Split(np.zeros((6, 1, 8, 8), np.uint8), np.array(y))
     data = common.Data("pets", CLASSES, part, None)
-    run.describe(data, np.arange(4), "agreement", np.array(zero_shot), prior)
+    run.describe(data, np.arange(4), "labeled_acc", np.array(zero_shot), prior)
     return run
 
 
@@ -56,7 +56,7 @@ def test_one_screen_says_what_will_be_done_with_what(run, capsys):
     new_run(run.folder / "again", lr=0.25, test_file=None)
     out = capsys.readouterr().out
     for said in ("4 labeled, 6 unlabeled (with labeled), 0 test", "cat 2, dog 1, cow 1",
-                 "teacher's labels: dog 3, cat 1, cow 1; none: 1", "lr 0.25", "agreement",
+                 "teacher's labels: dog 3, cat 1, cow 1; none: 1", "lr 0.25", "labeled_acc",
                  "75.00 % (95 % interval 30.06 to 95.44) of 4"):  # fmt: skip
         assert said in out, said
     assert "test_file" not in out and len(out.splitlines()) < 15
@@ -79,12 +79,12 @@ def test_with_a_prior_pseudo_labels_are_compared_with_it(tmp_path):
 def test_what_is_no_test_accuracy_is_not_called_one(run, monkeypatch):
     use(run, 0)
     row = evaluate(run, 9)
-    assert row["train/agreement"] == 50 and "test/acc" not in row
+    assert row["train/labeled_acc"] == 50 and "test/acc" not in row
     monkeypatch.setattr(common, "save_student", lambda *given: None)
     run.args |= {"dataset": "pets", "backbone": "cnn"}
     result = run.finish(2, None, common.PRESETS["digits"], {})
-    assert result["agreement"] == result["agreement_median20"] == 50
-    assert result["measured"] == "agreement" and "test_acc" not in result
+    assert result["labeled_acc"] == result["labeled_acc_median20"] == 50
+    assert result["measured"] == "labeled_acc" and "test_acc" not in result
 
 
 def test_the_pseudo_labels_used_since_the_last_evaluation_outlive_a_restart(run, tmp_path):
@@ -125,7 +125,7 @@ def test_tensorboard_gets_every_metric_where_it_is_installed(tmp_path, monkeypat
     run.log(1, 9, 10, "", loss=torch.tensor(2.0))
     evaluate(run, 9)
     assert ("stage 1/train/loss", 2.0, 10) in written
-    assert ("stage 2/train/agreement", 50.0, 10) in written
+    assert ("stage 2/train/labeled_acc", 50.0, 10) in written
 
 
 def test_without_tensorboard_one_line_says_what_to_install(tmp_path, monkeypatch):

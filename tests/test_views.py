@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import RandomResizedCrop
 
 import common
 from common import Split, Views, preset_of
@@ -61,17 +61,13 @@ PILLOW = {
 
 def operate(name, x, v):
     """One of the operations on all images [n, C, H, W], with v [n]."""
-    operation = common.RAND_AUGMENT[name][2]
-    if name in common.PIXEL_OPERATIONS:
-        return operation(x, v)
-    entries = operation(v, *x.shape[2:])
-    return common.affine(x, torch.stack([entry + 0 * v for entry in entries], dim=1))
+    return common.RAND_AUGMENT[name][2](x, v[:, None, None, None])
 
 
 @pytest.mark.parametrize("size", [8, 28, 32])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", PILLOW)
-def test_every_operation_equals_pillows(name, channels, size):
+def test_every_operation_is_pillows_up_to_rounding(name, channels, size):
     low, high, _ = common.RAND_AUGMENT[name]
     x = natural_images(24, channels, size)
     before, v = x.clone(), torch.linspace(low, high, len(x))
@@ -80,10 +76,10 @@ def test_every_operation_equals_pillows(name, channels, size):
     theirs = torch.stack([from_pillow(PILLOW[name](to_pillow(row), value)) for row, value in rows])
     assert ours.dtype == torch.uint8 and ours.shape == x.shape and torch.equal(x, before)
     equal, off = (ours == theirs).float().mean(), (ours.int() - theirs.int()).abs().max()
-    if name in common.AFFINE_OPERATIONS:  # positions between two pixels are rounded in another way
-        assert equal >= 0.999
-    elif name == "AutoContrast":  # Pillow cuts some whole numbers to the one below
-        assert equal >= 0.99 and off <= 1
+    if name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"):
+        assert equal >= 0.999  # positions between two pixels are rounded in another way
+    elif name in ("AutoContrast", "Color", "Contrast"):  # torchvision rounds less
+        assert off <= 2
     else:
         assert equal == 1
     # The operation changes images, except a gray image's color, and Equalize on 64 pixels, where
@@ -149,50 +145,16 @@ def test_the_strong_view_is_weak_view_operations_and_cutout_row_by_row():
     assert torch.equal(strong, torch.cat(alone))
 
 
-def test_resized_crops_are_pillows_of_boxes_within_the_image_with_varied_areas(monkeypatch):
-    torch.manual_seed(0)
-    real, boxes, x = functional.resized_crop, [], natural_images(300, 3, 64)
-
-    def note(image, *box):
-        boxes.append(box[:4])
-        return real(image, *box)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(functional, "resized_crop", note)
-        crops = common.random_resized_crop(x, 24)
-    assert crops.dtype == torch.uint8 and crops.shape == (300, 3, 24, 24) and len(boxes) == 300
-    for image, (i, j, h, w), crop in zip(x, boxes, crops, strict=True):
-        part = to_pillow(image).crop((j, i, j + w, i + h)).resize((24, 24), Image.BILINEAR)
-        off = (crop.int() - from_pillow(part).int()).abs()
-        assert off.max() <= 2 and off.float().mean() < 0.4  # its weights have fewer digits
-    top, left, height, width = torch.tensor(boxes).unbind(dim=1)
-    assert top.min() == left.min() == 0 and min(height.min(), width.min()) > 0
-    assert (top + height).max() == (left + width).max() == 64
-    area, ratio = height * width / 64**2, width / height
-    assert 0.07 < area.min() < 0.15 and 0.9 < area.max() <= 1  # uniform between 0.08 and 1
-    assert 0.45 < area.median() < 0.6 and len(area.unique()) > 100
-    assert 0.7 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.4  # 3:4 to 4:3, rounded
-
-
-def test_strong_views_of_two_processes_are_those_of_one(monkeypatch):
+def test_strong_views_of_images_without_border_show_a_random_part():
     preset = preset_of("flowers102")._replace(size=24)
-    views = Views(Split(natural_images(8, 3, 28).numpy(), np.zeros(8, np.int64)), preset, CPU)
-
-    def on(rank, processes, idx):
-        monkeypatch.setattr(common, "RANK", rank)
-        monkeypatch.setattr(common, "PROCESSES", processes)
-        common.seed_step(0, "stage", 5)
-        u = common.uniform(len(idx), common.STRONG_DRAWS)
-        crops = common.random_resized_crop(views.pixels(idx), 24)
-        strong = views.normalized(common.strong_augment(crops, u, 24, 0, 1))
-        common.seed_step(0, "stage", 5)
-        assert torch.equal(views.strong(idx), strong)
-        return crops, strong
-
-    whole, halves = torch.arange(8), torch.arange(8).split(4)
-    alone, *parts = on(0, 1, whole), on(0, 2, halves[0]), on(1, 2, halves[1])
-    for one, *shared in zip(alone, *parts, strict=True):
-        assert one.shape == (8, 3, 24, 24) and torch.equal(torch.cat(shared), one)
+    x, idx = natural_images(8, 3, 28), torch.tensor([5, 2])
+    views = Views(Split(x.numpy(), np.zeros(8, np.int64)), preset, CPU)
+    common.seed_step(0, "stage", 5)
+    u, crop = common.uniform(2, common.STRONG_DRAWS), RandomResizedCrop(24)
+    crops = torch.stack([crop(x[5]), crop(x[2])])
+    expected = views.normalized(common.strong_augment(crops, u, 24, 0, 1))
+    common.seed_step(0, "stage", 5)
+    assert torch.equal(views.strong(idx), expected)
 
 
 @pytest.mark.parametrize("dataset, stored", [("digits", 8), ("flowers102", 256)])
@@ -210,17 +172,6 @@ def test_views_are_normalized_and_larger_images_cut(dataset, stored):
     expected = (weak / 255 - mean) / std
     torch.testing.assert_close(views.weak(torch.arange(5)), expected, atol=1e-5, rtol=1e-5)
     assert views.strong(idx).shape == views.plain(idx).shape and views.y.tolist() == [0, 1, 2, 3, 4]
-
-
-def test_views_do_not_depend_on_how_many_images_a_cpu_takes_at_a_time(monkeypatch):
-    x, idx = natural_images(12, 3, 32).numpy(), torch.arange(11, 0, -1)
-    views = Views(Split(x, np.zeros(12, np.int64)), preset_of("cifar10"), CPU)
-    made = []
-    for size in (2**30, 5 * x[0].nbytes, 1):
-        monkeypatch.setattr(common, "CACHE_BYTES", size)
-        common.seed_step(0, "views", 0)
-        made.append(torch.cat([views.weak(idx), views.strong(idx)]))
-    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
 def test_a_set_of_more_than_a_gibibyte_is_read_from_its_file(tmp_path):
