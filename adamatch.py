@@ -86,8 +86,10 @@ class Args:
     """A name in common.PRESETS, a folder of pictures, a .csv or .jsonl file of texts (README)."""
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
-    num_labels: int = 10
-    """Labeled examples in all, equally many of each class; 0: all with a known label (own data)."""
+    num_labels: int | None = None
+    """Labeled examples, equally many of each class; 0: all. Unset: the preset's; own data: all."""
+    size: int | None = None
+    """Side in pixels of own pictures as the network sees them; of own texts, most tokens a row."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     pseudolabels: str | None = None
@@ -350,14 +352,14 @@ LINE = (
 
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
-    preset = preset_of(args.dataset, args.backbone)
+    preset = preset_of(args.dataset, args.backbone, args.size)
     own = {"tau": 0.9, "marginal_decay": 0.999} if args.variant == "paper" else {"tau": 0.95}
     unset = {name: value for name, value in own.items() if getattr(args, name) is None}
     args = Args(**resolve(vars(args) | unset, preset))
     if (args.pseudolabels or args.pseudolabels_test) and not args.feature_input:
         raise UserError("--pseudolabels goes with --feature-input only: AdaMatch has no teacher")
     device, dtype = setup_device(args.device, args.amp, args.backbone)
-    data = load_data(args.dataset, args.data_dir, args.test_file, args.backbone)
+    data = load_data(args.dataset, args.data_dir, args.test_file, preset)
     K = len(data.classes)
     labeled = draw_labeled(data.train.y, args.num_labels, K, args.seed)
     zero_shot: list[Any] = [None, None]
@@ -376,8 +378,9 @@ def main(args: Args) -> dict[str, Any]:
     name = f"adamatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(name, asdict(args), device, dtype)
     run.describe(data, labeled, measured)
-    train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
+    data.train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
+    train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
     one_hot = torch.eye(K + 1, K, device=device)  # the last row, all zero: the teacher abstained
     onehot_zs = [None if labels is None else one_hot[labels] for labels in zero_shot]
 

@@ -100,69 +100,91 @@ class Preset(NamedTuple):
     ema_decay: float = 0.0  # of the evaluated weights; 0: evaluate the trained weights themselves
     marginal_decay: float = 0.999  # of the class marginals p_lb and p_ulb
     eval_every: int = 2_048
+    num_labels: int = 0  # 0: all with a known label
 
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DIGITS = Preset(  # the recipe was chosen with 10 labels, seeds 100-109
     backbone="cnn", size=8, pad=1, flip=0, mean=(0.305,), std=(0.376,), optimizer="sgd", lr=0.1,
     weight_decay=1e-3, layer_decay=1.0, uratio=4, num_steps_stage1=400, num_steps=800,
-    warmup_steps=40, ema_decay=0.99, marginal_decay=0.99, eval_every=40,
+    warmup_steps=40, ema_decay=0.99, marginal_decay=0.99, eval_every=40, num_labels=10,
 )  # fmt: skip
 FLOWERS102 = Preset(  # ZM config/usb_cv_framed_paper, for resisc45 too
     backbone="vit_small_patch16_224", size=224, pad=0, **IMAGENET, lr=1e-4, layer_decay=0.65,
     num_steps_stage1=102_400, num_steps=102_400, warmup_steps=2_560, eval_every=1_024,
+    num_labels=204,
 )  # fmt: skip
 AG_NEWS = Preset(  # ZM config/usb_nlp_paper
     backbone="bert-base-uncased", size=512, pad=0, flip=0, mean=(), std=(), batch_size=4,
     lr=5e-5, weight_decay=1e-4, layer_decay=0.65, num_steps_stage1=102_400, num_steps=102_400,
+    num_labels=40,
 )  # fmt: skip
 CLASSIC = {  # --backbone wrn_28_2 for a ViT: FixMatch, USB config/classic_cv; stage 1 is ours
     "backbone": "wrn_28_2", "optimizer": "sgd", "lr": 0.03, "layer_decay": 1.0, "batch_size": 64,
     "uratio": 7, "num_steps_stage1": 2**18, "num_steps": 2**20, "warmup_steps": 0,
     "ema_decay": 0.999, "eval_every": 5_120,
 }  # fmt: skip
+SMALL_IMAGES = DIGITS._replace(
+    size=28, pad=3, flip=1, num_steps_stage1=600, num_steps=1400, warmup_steps=60, eval_every=70,
+)  # fmt: skip
 PRESETS = {
     "digits": DIGITS,
-    "fashion_mnist": DIGITS._replace(
-        size=28, pad=3, flip=1, mean=(0.286,), std=(0.353,), num_steps_stage1=600, num_steps=1400,
-        warmup_steps=60, eval_every=70),
-    "cifar10": Preset(**IMAGENET),
-    "cifar100": Preset(),
-    "svhn": Preset(flip=0, mean=(0.438, 0.444, 0.473), std=(0.1751, 0.1771, 0.1744)),  # C6
+    "fashion_mnist": SMALL_IMAGES._replace(mean=(0.286,), std=(0.353,), num_labels=100),
+    "cifar10": Preset(**IMAGENET, num_labels=40),
+    "cifar100": Preset(num_labels=100),
+    "svhn": Preset(  # C6
+        flip=0, mean=(0.438, 0.444, 0.473), std=(0.1751, 0.1771, 0.1744), num_labels=40),
     "eurosat": Preset(  # learning rates: USB
-        flip=2, mean=(0.5,) * 3, std=(0.5,) * 3, lr=5e-5, layer_decay=1.0),
+        flip=2, mean=(0.5,) * 3, std=(0.5,) * 3, lr=5e-5, layer_decay=1.0, num_labels=20),
     "stl10": FLOWERS102._replace(
-        size=96, pad=12,
+        size=96, pad=12, num_labels=40,
         mean=(112.4 / 255, 109.1 / 255, 98.6 / 255), std=(68.4 / 255, 66.6 / 255, 68.5 / 255)),
     "flowers102": FLOWERS102,
-    "resisc45": FLOWERS102,
+    "resisc45": FLOWERS102._replace(num_labels=90),
     "food101": FLOWERS102._replace(
         backbone="efficientnet_b0", lr=3e-4, layer_decay=1.0, uratio=3, num_steps_stage1=25_600,
-        ema_decay=0.999),
+        ema_decay=0.999, num_labels=1_010),
     "ag_news": AG_NEWS,
-    "yahoo_answers": AG_NEWS._replace(lr=1e-4),
-    "amazon_review": AG_NEWS._replace(lr=1e-5, layer_decay=0.75),
-    "text": AG_NEWS._replace(  # your own files
-        batch_size=8, uratio=2, num_steps_stage1=1000, num_steps=2000, warmup_steps=100,
-        marginal_decay=0.99, eval_every=100),
+    "yahoo_answers": AG_NEWS._replace(lr=1e-4, num_labels=250),
+    "amazon_review": AG_NEWS._replace(lr=1e-5, layer_decay=0.75, num_labels=250),
 }  # fmt: skip
+SHORT = {  # own data
+    "num_steps_stage1": 1000, "num_steps": 2000, "warmup_steps": 100, "marginal_decay": 0.99,
+    "eval_every": 100, "num_labels": 0,
+}  # fmt: skip
+OWN = {
+    "texts": AG_NEWS._replace(batch_size=8, uratio=2, **SHORT),
+    "pictures": SMALL_IMAGES._replace(size=32, pad=4, **IMAGENET, num_labels=0),
+    "photos": FLOWERS102._replace(**SHORT),
+}
 
 
-def preset_of(dataset: str, backbone: str | None = None) -> Preset:
-    """The recipe of a data set; for --backbone wrn_28_2 in place of a ViT, the classic one. Own
-    texts: "text". Own pictures: flowers102, for cnn and wrn_28_2 cifar10 (32 pixels)."""
+def preset_of(dataset: str, backbone: str | None = None, size: int | None = None) -> Preset:
+    """The recipe of a data set; for --backbone wrn_28_2 in place of a ViT, the classic one. For own
+    data `size` may be another one. Own pictures are for a laptop's CPU, with a larger backbone for
+    a GPU. Raises UserError."""
+    if dataset in PRESETS:
+        preset = PRESETS[dataset]
+        if backbone == "wrn_28_2" and preset.backbone.startswith("vit"):
+            decay = 1e-3 if dataset == "cifar100" else 5e-4
+            preset = preset._replace(**CLASSIC, weight_decay=decay)
+        if size not in (None, preset.size):
+            raise UserError(f"--size goes with own data; {dataset} has {preset.size}")
+        return preset
     if dataset.endswith((".csv", ".jsonl")):
-        dataset = "text"
-    elif dataset not in PRESETS:
-        if not Path(dataset).is_dir():
-            names = ", ".join(list(PRESETS)[:-1])
-            own = "a folder with pictures in train/<class>/, or texts in a .csv or .jsonl file"
-            raise UserError(f"--dataset {dataset}: expected one of {names}, {own}")
-        dataset = "cifar10" if backbone in ("cnn", "wrn_28_2") else "flowers102"
-    preset = PRESETS[dataset]
-    if backbone == "wrn_28_2" and preset.backbone.startswith("vit"):
-        preset = preset._replace(**CLASSIC, weight_decay=1e-3 if dataset == "cifar100" else 5e-4)
-    return preset
+        preset = OWN["texts"]
+    elif not Path(dataset).is_dir():
+        names = ", ".join(PRESETS)
+        own = "a folder with pictures in train/<class>/, or texts in a .csv or .jsonl file"
+        raise UserError(f"--dataset {dataset}: expected one of {names}, {own}")
+    elif backbone in (None, "cnn"):
+        preset = OWN["pictures"]
+    elif backbone == "wrn_28_2":
+        preset = OWN["pictures"]._replace(lr=0.03, weight_decay=5e-4)
+    else:
+        preset = OWN["photos"]._replace(size=32 if backbone == "vit_small_patch2_32" else 224)
+    size = size or preset.size
+    return preset._replace(size=size, pad=size // 8 if preset.mean and size < 128 else 0)
 
 
 def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
@@ -171,12 +193,14 @@ def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
     row, factor = preset._asdict(), (given["num_steps"] or preset.num_steps) / preset.num_steps
     for name in ("num_steps_stage1", "warmup_steps", "eval_every"):
         row[name] = max(int(name != "warmup_steps"), round(row[name] * factor))
+    row["eval_every"] = max(10, row["eval_every"])  # a short run fills no screen
     args = {name: row.get(name) if value is None else value for name, value in given.items()}
     ranges = {  # (lowest, highest): names
         (1, 2**32 - 1): "num_steps num_steps_stage1 batch_size uratio log_every eval_every",
         (0, 2**32 - 1): "seed warmup_steps lr weight_decay lambda_u lambda_p sce_alpha sce_beta",
         (0, 1): "tau tau_select tau_inner marginal_decay layer_decay",
         (0, 0.999999): "ema_decay",
+        (8, 2**16): "size",
     }
     for (low, high), names in ranges.items():
         for name in args.keys() & names.split():
@@ -282,6 +306,8 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
     if device not in ("cpu", found):
         raise UserError(f"--device {device}: torch finds no such device; use --device cpu or auto")
     if device == "cpu":
+        if backbone == "cnn" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # several would wait for one another at every small step
         if amp == "fp16":
             raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
         native = torch.cpu._is_avx512_bf16_supported()
@@ -289,7 +315,7 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cudnn.benchmark = True  # resume is bit-exact on CPUs only
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest" if amp == "off" else "high")
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     amp = "bf16" if amp == "auto" and native else amp
     return torch.device(device), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
@@ -348,12 +374,12 @@ class Data:
 
 @first_process_first()
 def load_data(
-    dataset: str, data_dir: str, test_file: str | None = None, backbone: str | None = None
+    dataset: str, data_dir: str, test_file: str | None = None, preset: Preset | None = None
 ) -> Data:
     """A published data set (downloaded into `data_dir` if needed), own pictures, or own texts.
-    Raises UserError if it cannot be downloaded or read."""
-    preset = preset_of(dataset, backbone)
-    if preset is PRESETS["text"]:
+    Without preset: pictures as a teacher sees them. Raises UserError if it cannot be read."""
+    preset = preset or preset_of(dataset, "a teacher")
+    if dataset not in PRESETS and not preset.mean:
         return load_text_file(dataset, test_file)
     if test_file:
         raise UserError(f"--test-file goes with a file of texts; {dataset} has its own test part")
@@ -1327,7 +1353,8 @@ class Run:
         row = {f"train/{name}": mean for name, mean in means.items()}
         row["time/step_per_s"] = rate = self.steps / (time.perf_counter() - self.stage_start)
         left = timedelta(seconds=round((num_steps - step - 1) / rate))
-        said = f"{line.format(**means)} | {rate:.3g} step/s, {left} left"
+        said = line.format(**means).replace(" pl_acc nan", "")  # where nothing is known
+        said = f"{said} | {rate:.3g} step/s, {left} left"
         self.write(stage, step, row, f"/{num_steps} | {said}")
         self.pending = {}
 
@@ -1422,6 +1449,12 @@ class Run:
         print(f"\n{self.measured}, last evaluation")
         for name, acc in lines.items():
             print(f"  {name:34} {'unknown' if acc is None else f'{acc:.2f} %'}")
+        if (lines[name] or 0) < max(acc or 0 for acc in lines.values()):
+            print("The last is not the best: try more --num-steps, a lower --lr, more --num-labels")
+        print(f"student: {self.folder}/student; label new data with it, or load it in Python:")
+        print(f"  python pseudolabel.py --teacher student --student {self.folder}/student "
+              "--dataset NEW --csv answers.csv")  # fmt: skip
+        print(f"  student, config = common.load_student('{self.folder}/student')")
         return result
 
 

@@ -83,8 +83,10 @@ class Args:
     """A name in common.PRESETS, a folder of pictures, a .csv or .jsonl file of texts (README)."""
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
-    num_labels: int = 10
-    """Labeled examples in all, equally many of each class; 0: all with a known label (own data)."""
+    num_labels: int | None = None
+    """Labeled examples, equally many of each class; 0: all. Unset: the preset's; own data: all."""
+    size: int | None = None
+    """Side in pixels of own pictures as the network sees them; of own texts, most tokens a row."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     data_dir: str = "data"
@@ -400,18 +402,19 @@ def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tens
 
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
-    preset = preset_of(args.dataset, args.backbone)
+    preset = preset_of(args.dataset, args.backbone, args.size)
     args = Args(**resolve(vars(args), preset))
     device, dtype = setup_device(args.device, args.amp, args.backbone)
-    data = load_data(args.dataset, args.data_dir, args.test_file, args.backbone)
+    data = load_data(args.dataset, args.data_dir, args.test_file, preset)
     labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
     test_part, measured = measured_part(data)
 
     name = f"kd_fixmatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(name, asdict(args), device, dtype)
     run.describe(data, labeled, measured)
-    train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
+    data.train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
+    train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
 
     networks = []
     for key in ("weights", "inner weights"):  # only the trusted labels are passed on

@@ -66,7 +66,7 @@ from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image, to
 from tqdm import tqdm
 
 from common import (
-    PRESETS, Data, SmallCNN, Student, UserError, class_counts, cli, decode, files_below,
+    OWN, PRESETS, Data, SmallCNN, Student, UserError, class_counts, cli, decode, files_below,
     first_process_first, load_data, load_pretrained, load_student, make_views, predict,
     preset_of, reason_of, seed_step, setup_device, share_right, write_atomically,
 )  # fmt: skip
@@ -183,7 +183,8 @@ def collect(path: Path, rows: list[Row], n: int, k: int) -> tuple[np.ndarray, np
 def read_labels(path: str | Path, data: Data, split: str) -> tuple[np.ndarray, np.ndarray | None]:
     """(labels [N] int64, -1: no answer; probs [N, K] float32, None unless every row has them).
     Raises UserError with the reason if the file is for other data, incomplete or damaged."""
-    _, rows, _ = read_rows(Path(path), **header_of(data, split))
+    header, rows, _ = read_rows(Path(path), **header_of(data, split))
+    print(f"labels of the {split} part: {path}, teacher {header.get('teacher')}")
     labels, probs = collect(path, rows, len(data.part(split)), len(data.classes))
     if missing := (labels == -2).sum():
         raise UserError(f"{path}: {missing} of {len(labels)} examples have no label yet; resume it")
@@ -339,7 +340,7 @@ def label_with_network(data: Data, todo: list[int], args: Args) -> Rows:
         if not fits or config["num_extra"]:
             other = "was trained for other classes or image sizes, or also reads a teacher's labels"
             raise UserError(f"--student {args.student}: {other}; use another one")
-        preset = PRESETS["text"]._replace(size=size, mean=mean, std=config["std"])
+        preset = OWN["texts"]._replace(size=size, mean=mean, std=config["std"])
     device, _ = setup_device(args.device, "off", backbone)
     for idx in torch.tensor(todo).split(500):
         views = make_views(part.take(idx.numpy()), preset, backbone, device)
@@ -830,9 +831,9 @@ def summary(path: Path, rows: list[Row], data: Data, args: Args) -> Row:
 @first_process_first()
 def default_labels(
     data: Data, data_dir: str, dataset: str | None = None, test_file: str | None = None
-) -> tuple[Path, Path | None]:
+) -> tuple[str, str | None]:
     """Label files in DATA_DIR/labels of the train part and, if found, of the test part. Makes those
-    of digits and images. Raises UserError, with advice, for texts or if it finds several."""
+    of published images. Raises UserError, with advice, for own data or if it finds several."""
     folder, prefix = Path(data_dir) / "labels", f"{data.name}-train-"
 
     def complete(path: Path) -> bool:
@@ -844,12 +845,13 @@ def default_labels(
         for path, split in {train: "train", test: "test"}.items():
             if not complete(path):
                 label(data, Args(split=split, data_dir=data_dir, device="cpu"))
-        return train, test
+        return str(train), str(test)
     found = sorted(p for p in folder.glob("*.jsonl") if p.name.startswith(prefix) and complete(p))
     if len(found) > 1:
         raise UserError(f"several label files: {', '.join(map(str, found))}; set --pseudolabels")
-    if not found and data.train.is_text:
-        command = f"pseudolabel.py --dataset {dataset or data.name} --teacher text"
+    if not found and (data.train.is_text or data.name not in PRESETS):
+        teacher = "text" if data.train.is_text else "clip"
+        command = f"pseudolabel.py --dataset {dataset or data.name} --teacher {teacher}"
         command += f" --test-file {test_file}" if test_file else ""
         raise UserError(
             f"no labels of {data.name} in {folder}; run {command} or set --pseudolabels"
@@ -857,7 +859,7 @@ def default_labels(
     if not found:
         found = [Path(label(data, Args(data.name, teacher="clip", data_dir=data_dir))["path"])]
     test = folder / f"{data.name}-test-{found[0].name.removeprefix(prefix)}"
-    return found[0], test if complete(test) else None
+    return str(found[0]), str(test) if complete(test) else None
 
 
 def write_csv(path: Path, data: Data, args: Args, labels: Path) -> None:

@@ -42,14 +42,15 @@ away. The reported accuracy is that of the last evaluation, never the best one.
     cost         25 to 45 s on one CPU thread     not measured
 
 Departures from the authors' code (those in the data path are numbered in common.py)
-  D1  Stage 1 hands on its last (averaged) weights. ZM keeps the checkpoint that best fits the
-      teacher's labels on training images, which rewards the most over-fitted one.
-  D2  We report the last evaluation. ZM reports the best test accuracy (for text, the test accuracy
-      of the best dev checkpoint).
+  D1  Stage 1 hands on its last (averaged) weights; ZM those that best fit the teacher's labels of
+      training images, which are the most over-fitted ones.
+  D2  We report the last evaluation; ZM the best test accuracy (for text, of the best on dev).
   D3  An example without a teacher's answer adds zero loss but stays in the denominator. ZM gives it
       one fixed class.
   D4  Networks with batch statistics (CNN, WRN, EfficientNet) are evaluated with averaged weights,
       as in FixMatch, AdaMatch. ZM trains only transformers and does not average; nor do we there.
+  D5  Precision is bfloat16 and TF32 where a GPU has them. ZM's is float32 without TF32: --amp off.
+  D6  Stage 1 takes all its steps. ZM's ends early once it fits 99.99 % of the teacher's labels.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ from torch import Tensor, nn
 
 from common import (
     Run, UserError, Views, average_of, batch_at, build_student, cli, data_parallel, draw_labeled,
-    join, load_data, make_views, mean_over_processes, measured_part, optimizer_of, preset_of,
-    pseudo_label_accuracy, resolve, seed_step, setup_device,
+    explained, join, load_data, make_views, mean_over_processes, measured_part, optimizer_of,
+    preset_of, pseudo_label_accuracy, resolve, seed_step, setup_device,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -81,8 +82,10 @@ class Args:
     """A name in common.PRESETS, a folder of pictures, a .csv or .jsonl file of texts (README)."""
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
-    num_labels: int = 10
-    """Labeled examples in all, equally many of each class; 0: all with a known label (own data)."""
+    num_labels: int | None = None
+    """Labeled examples, equally many of each class; 0: all. Unset: the preset's; own data: all."""
+    size: int | None = None
+    """Side in pixels of own pictures as the network sees them; of own texts, most tokens a row."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     pseudolabels: str | None = None
@@ -355,25 +358,22 @@ LINE = (
 
 def prior_from_file(path: str, classes: list[str]) -> Tensor:
     """Class shares [K], sum 1, from a JSON file {class: share or count}. Raises UserError."""
-    try:
+    expected = f'{{"{classes[0]}": 0.25, ...}} with a positive number for each class'
+    with explained(f"--prior {path}", f"expected labeled, teacher, or a JSON file {expected}"):
         given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         shares = torch.tensor([float(given.pop(name)) for name in classes])
         assert not given and (shares > 0).all() and shares.sum().isfinite()
-        return shares / shares.sum()
-    except Exception:  # a file of any content
-        expected = f'{{"{classes[0]}": 0.25, ...}} with a positive number for each class'
-        message = f"--prior {path}: expected labeled, teacher, or a JSON file {expected}"
-        raise UserError(message) from None
+    return shares / shares.sum()
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
-    preset = preset_of(args.dataset, args.backbone)
+    preset = preset_of(args.dataset, args.backbone, args.size)
     args = Args(**resolve(vars(args), preset))
     if args.stages == "1" and (args.agreement or args.prior != "labeled"):
         raise UserError("--agreement and --prior change stage 2; leave them out with --stages 1")
     device, dtype = setup_device(args.device, args.amp, args.backbone)
-    data = load_data(args.dataset, args.data_dir, args.test_file, args.backbone)
+    data = load_data(args.dataset, args.data_dir, args.test_file, preset)
     K, prior = len(data.classes), None
     labeled = draw_labeled(data.train.y, args.num_labels, K, args.seed)
     if args.prior not in ("labeled", "teacher"):  # read before a teacher is put to work
@@ -381,8 +381,7 @@ def main(args: Args) -> dict[str, Any]:
 
     if not args.pseudolabels:
         found = default_labels(data, args.data_dir, args.dataset, args.test_file)
-        args.pseudolabels, test_file = (path and str(path) for path in found)
-        args.pseudolabels_test = args.pseudolabels_test or test_file
+        args.pseudolabels, args.pseudolabels_test = found[0], args.pseudolabels_test or found[1]
     zero_shot, _ = read_labels(args.pseudolabels, data, "train")
     teacher_acc = None
     if args.pseudolabels_test:
@@ -395,6 +394,7 @@ def main(args: Args) -> dict[str, Any]:
     name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(name, asdict(args), device, dtype)
     run.describe(data, labeled, measured, zero_shot, prior)
+    data.train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
 
     seed_step(args.seed, "weights", 0)

@@ -43,20 +43,20 @@ def test_the_wrn_brings_its_classic_recipe():
 
 
 GIVEN = dict.fromkeys(("num_steps", "num_steps_stage1", "warmup_steps", "eval_every"))
-GIVEN |= {"batch_size": None, "lr": None, "seed": 0, "resume": None, "tau": 0.95}
+GIVEN |= {"batch_size": None, "lr": None, "seed": 0, "num_labels": None, "tau": 0.95}
 
 
 def test_the_preset_fills_only_what_is_unset_and_scales_with_the_steps():
     filled = resolve(GIVEN | {"lr": 0.5}, DIGITS)
     assert filled == GIVEN | {
         "num_steps": 800, "num_steps_stage1": 400, "warmup_steps": 40, "eval_every": 40,
-        "batch_size": 16, "lr": 0.5,
+        "batch_size": 16, "lr": 0.5, "num_labels": 10,
     }  # fmt: skip
     half = resolve(GIVEN | {"num_steps": 400, "eval_every": 7}, DIGITS)
     assert (half["num_steps_stage1"], half["warmup_steps"], half["eval_every"]) == (200, 20, 7)
     tiny = resolve(GIVEN | {"num_steps": 1}, DIGITS)
     names = ("num_steps_stage1", "warmup_steps", "eval_every")
-    assert [json.dumps(tiny[name]) for name in names] == ["1", "0", "1"]
+    assert [json.dumps(tiny[name]) for name in names] == ["1", "0", "10"]
 
 
 @pytest.mark.parametrize("name, value", [
@@ -236,6 +236,6 @@ def test_a_file_that_does_not_say_every_share_is_refused(tmp_path, content):
     path = tmp_path / "shares.json"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match='shares.json: .*a JSON file .*"cat": 0.25') as caught:
+    with pytest.raises(UserError, match='shares.json .*a JSON file .*"cat": 0.25') as caught:
         zeromatch.prior_from_file(str(path), ["cat", "dog"])
     assert "\n" not in str(caught.value)

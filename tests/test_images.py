@@ -441,12 +441,25 @@ def test_without_a_test_folder_a_fifth_is_held_out_or_nothing(tmp_path, root):
     assert few.test is None and len(few.train) == 18
 
 
-def test_the_small_backbones_see_own_pictures_at_32_pixels(pets, root):
-    sides = {"wrn_28_2": 32, "cnn": 32, "vit_small_patch16_224": 256, None: 256}
-    for backbone, side in sides.items():
-        data = load_data(str(pets), str(root), backbone=backbone)
-        assert data.train.x.shape == (6, 3, side, side)
-        assert data.test.x.shape[2] == preset_of(str(pets), backbone).size == min(side, 224)
+@pytest.mark.parametrize("backbone, size, stored, seen", [
+    (None, None, 32, 32), ("cnn", None, 32, 32), ("wrn_28_2", 48, 48, 48),
+    ("vit_small_patch2_32", None, 32, 32), ("vit_small_patch16_224", None, 256, 224),
+    ("a/hub-id", 384, 439, 384),
+])  # fmt: skip
+def test_own_pictures_have_the_size_of_the_backbone_or_that_given(
+    pets, root, backbone, size, stored, seen
+):
+    preset = preset_of(str(pets), backbone, size)
+    data = load_data(str(pets), str(root), preset=preset)
+    assert data.train.x.shape == (6, 3, stored, stored)
+    assert data.test.x.shape[2] == preset.size == seen and preset.num_labels == 0
+    assert preset.backbone == ("cnn" if backbone in (None, "cnn", "wrn_28_2") else
+                               "vit_small_patch16_224")  # fmt: skip
+
+
+def test_a_size_for_a_published_set_is_refused():
+    with pytest.raises(UserError, match="--size goes with own data; cifar10 has 32"):
+        preset_of("cifar10", None, 64)
 
 
 def test_a_folder_of_another_structure_is_refused_with_what_is_wrong(tmp_path, pets, root):

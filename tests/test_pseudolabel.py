@@ -651,24 +651,32 @@ def test_the_one_complete_label_file_is_found(tmp_path):
     train = made_up(folder / "pictures-train-clip.jsonl", data)
     incomplete = [{"index": 0, "label": 1}]
     made_up(folder / "pictures-train-chat.jsonl", data, rows=incomplete)
-    assert pseudolabel.default_labels(data, str(tmp_path)) == (train, None)
+    assert pseudolabel.default_labels(data, str(tmp_path)) == (str(train), None)
     made_up(folder / "pictures-test-chat.jsonl", data, "test")
-    assert pseudolabel.default_labels(data, str(tmp_path)) == (train, None)  # another teacher's
+    found = pseudolabel.default_labels(data, str(tmp_path))
+    assert found == (str(train), None)  # not another teacher's
     test = made_up(folder / "pictures-test-clip.jsonl", data, "test")
-    assert pseudolabel.default_labels(data, str(tmp_path)) == (train, test)
+    assert pseudolabel.default_labels(data, str(tmp_path)) == (str(train), str(test))
     made_up(folder / "pictures-train-text.jsonl", data)
     message = "pictures-train-clip.jsonl.*pictures-train-text.jsonl.*--pseudolabels"
     with pytest.raises(common.UserError, match=message):
         pseudolabel.default_labels(data, str(tmp_path))
 
 
-def test_without_a_label_file_images_are_labeled_and_texts_ask_for_it(tmp_path, monkeypatch):
+def test_without_a_label_file_published_images_are_labeled_and_own_data_ask_for_it(
+    tmp_path, monkeypatch
+):
     folder = str(tiny_models.clip_model(tmp_path / "clip"))
     clip = (*pseudolabel.TEACHERS["clip"][:3], folder, "")
     monkeypatch.setitem(pseudolabel.TEACHERS, "clip", clip)
-    train, test = pseudolabel.default_labels(image_data(), str(tmp_path))
-    assert train.name == "pictures-train-clip.jsonl" and test is None
-    assert read_labels(train, image_data(), "train")[1].shape == (6, 3)
+    advice = "run pseudolabel.py --dataset my/pics --teacher clip"
+    with pytest.raises(common.UserError, match=advice):
+        pseudolabel.default_labels(image_data(), str(tmp_path), "my/pics")
+    published = image_data()
+    published.name = "cifar10"
+    train, test = pseudolabel.default_labels(published, str(tmp_path))
+    assert Path(train).name == "cifar10-train-clip.jsonl" and test is None
+    assert read_labels(train, published, "train")[1].shape == (6, 3)
     advice = "pseudolabel.py --dataset my/reviews.csv --teacher text --test-file test.csv"
     with pytest.raises(common.UserError, match=f"no labels of reviews .*{advice}"):
         pseudolabel.default_labels(text_data(), str(tmp_path), "my/reviews.csv", "test.csv")

@@ -1,6 +1,7 @@
 """Whole runs of zeromatch.py on digits: what they leave, exact resume, options, honest labels."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -184,6 +185,6 @@ def test_the_glyph_teacher_knows_digits_it_never_saw_and_is_made_once(tmp_path, 
     assert np.allclose(probs.sum(axis=1), 1, atol=1e-3)
     assert np.array_equal(probs.argmax(axis=1), zero_shot)
     assert pseudolabel.read_labels(test, data, "test")[0].shape == (500,)
-    before = train.stat().st_mtime_ns
+    before = os.stat(train).st_mtime_ns
     assert pseudolabel.default_labels(data, str(tmp_path))[0] == train
-    assert train.stat().st_mtime_ns == before
+    assert os.stat(train).st_mtime_ns == before

@@ -21,7 +21,7 @@ from test_images import url_of, web  # noqa: F401  (a fixture)
 import common
 import pseudolabel
 import zeromatch
-from common import PRESETS, TEXT_SETS, Split, TextViews, UserError, join, load_data, token_augment
+from common import OWN, TEXT_SETS, Split, TextViews, UserError, join, load_data, token_augment
 
 CPU = torch.device("cpu")
 WORDS = {
@@ -76,11 +76,11 @@ def make_bert(folder, with_weights=True, **sizes) -> str:
 def views_of(tiny, texts, aug=None):
     aug = None if aug is None else np.array(aug, object)
     split = Split(np.array(texts, object), np.zeros(len(texts), np.int64), aug=aug)
-    return TextViews(split, PRESETS["text"], tiny, CPU)
+    return TextViews(split, OWN["texts"], tiny, CPU)
 
 
 def build(backbone, weights="none"):
-    return common.build_student(backbone, PRESETS["text"], 3, weights=weights)
+    return common.build_student(backbone, OWN["texts"], 3, weights=weights)
 
 
 def test_csv_keeps_quotes_newlines_emoji_long_rows_and_no_empty_ones(tmp_path, capsys):
@@ -463,7 +463,7 @@ def test_a_saved_student_predicts_the_same_without_the_backbones_folder(tmp_path
     shutil.rmtree(folder)
     (student_folder,) = (tmp_path / "runs").glob("*/student")
     student, config = common.load_student(student_folder)
-    views = common.make_views(data.test, PRESETS["text"], config["backbone"], CPU)
+    views = common.make_views(data.test, OWN["texts"], config["backbone"], CPU)
     right = common.predict(student, views).argmax(dim=1) == views.y
     assert 100 * right.float().mean().item() == pytest.approx(result["test_acc"])
     assert config["classes"] == ["sea", "tea"]

@@ -141,7 +141,7 @@ def test_the_encoder_of_a_student_opens_in_transformers(tmp_path, bert):
     from transformers import AutoModel, AutoTokenizer
 
     torch.manual_seed(1)
-    student = save_untrained(tmp_path / "student", bert, common.PRESETS["text"], ["sea", "tea"])
+    student = save_untrained(tmp_path / "student", bert, common.OWN["texts"], ["sea", "tea"])
     model = AutoModel.from_pretrained(tmp_path / "student" / "encoder").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student" / "encoder")
     tokens = tokenizer(["a tea"], return_tensors="pt")
