@@ -379,8 +379,8 @@ def main(args: Args) -> dict[str, Any]:
     run = Run(name, asdict(args), device, dtype)
     run.describe(data, labeled, measured)
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
-    data.train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
+    train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
     one_hot = torch.eye(K + 1, K, device=device)  # the last row, all zero: the teacher abstained
     onehot_zs = [None if labels is None else one_hot[labels] for labels in zero_shot]
 

@@ -845,7 +845,7 @@ class Views:
         self.geometry, self.device = (preset.size, preset.pad, preset.flip), device
         statistics = 255 * torch.tensor([preset.mean, preset.std], device=device)
         self.mean, self.std = statistics[..., None, None]  # [C, 1, 1]
-        self.y, x = torch.from_numpy(split.y).to(device), torch.from_numpy(split.x)
+        self.y, x = torch.tensor(split.y, device=device), torch.from_numpy(split.x)
         self.x = x.to(device) if x.nbytes <= 2**30 else x
 
     def __len__(self) -> int:
@@ -937,7 +937,7 @@ class TextViews(Views):
         self.num_aug = len(columns) - 1
         self.special = torch.tensor(tokenizer.all_special_ids, device=device)
         self.mask_id = tokenizer.mask_token_id
-        self.y, self.device = torch.from_numpy(split.y).to(device), device
+        self.y, self.device = torch.tensor(split.y, device=device), device
 
     def plain(self, idx: Tensor) -> Tensor:
         """Tokens [n, L] int64 of the texts at idx."""

@@ -43,14 +43,13 @@ The inner network's averaged weights predict; reported is the last evaluation, n
 
 The abstract specifies the stages, the fresh network, two filters; summaries by others specify tau,
 tau_select, DEC on the features before the head, Heuristic 1, SCE's weights. The rest is our choice:
-  A1  T_u enters through the target of loss_u, every example with the same weight, and stays in
-      the pool.
+  A1  T_u enters through loss_u's target, each example with the same weight, and stays in the pool.
   A2  tau_inner is 0.95, on the trained (not averaged) network's weak view of the same pass.
   A3  The outer network's averaged weights label plain views, those of labeled examples too.
   A4  DEC's encoder is a square linear map of the features, started as the identity (published: an
       auto-encoder). Features are divided by their RMS distance to the mean: the kernel has scale 1.
-  A5  Cluster k starts at the mean of the survivors labeled k and keeps that name. A class without
-      survivors has no cluster; with fewer than two classes there is no second filter.
+  A5  k-means starts as many clusters as classes survive, without labels. Clusters are named last,
+      one to one so that most labels agree. Below two classes there is no second filter.
   A6  DEC takes full-batch SGD steps, each towards its own target, at a large rate, as gradients are
       small; the rate was chosen by the true labels of T_u, digits, seeds 100-102.
       Published (arXiv:1511.06335, XifengGuo/DEC-keras): batches, new targets every 140 steps, 0.01.
@@ -329,37 +328,39 @@ LINE = (
 def cluster_dec(features: Tensor, label: Tensor, outer: nn.Module, args: Args, run: Run) -> Tensor:
     """Deep embedded clustering: the class of each row's cluster. [n, D], [n] int64 -> [n] int64.
 
-    `outer` only goes into the checkpoint, because a resumed run computes the features from it."""
+    kmeans: the start alone. `outer` goes into the checkpoint: a resumed run needs its features."""
+    from sklearn.cluster import KMeans
+
     features = features - features.mean(dim=0)
     features = features / features.square().sum(dim=1).mean().sqrt().clamp(min=1e-6)  # A4
-    present, projection = label.unique(), torch.eye(features.shape[1], device=features.device)
-    centroids = torch.stack([features[label == k].mean(dim=0) for k in present])  # A5
-    dec = nn.ParameterDict({"projection": projection, "centroids": centroids})
+    kmeans = KMeans(len(label.unique()), n_init=10, random_state=args.seed)  # A5
+    centers = from_first_process(kmeans.fit(features.cpu().numpy()).cluster_centers_)
+    parts = {"projection": torch.eye(features.shape[1]), "centroids": torch.from_numpy(centers)}
+    dec = nn.ParameterDict(parts).to(features.device)
     optimizer = torch.optim.SGD(dec.parameters(), DEC_LR, momentum=0.9)
     first_step, _ = run.restore(2, {"dec": dec, "optimizer": optimizer})
-    for step in range(first_step, DEC_STEPS):
+    for step in range(first_step, DEC_STEPS if args.clustering == "dec" else 0):
         q = soft_assignment(features @ dec["projection"], dec["centroids"])
         loss = loss_dec(q, target_distribution(q.detach()))  # A6
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        agree = (present[q.argmax(dim=1)] == label).float().mean()
+        agree = (class_of(q.argmax(dim=1), label) == label).float().mean()
         run.log(2, step, DEC_STEPS, "dec {loss:.4f} agree {agree:.3f}", loss=loss, agree=agree)
         run.save(2, step, DEC_STEPS, {"outer": outer, "dec": dec, "optimizer": optimizer})
-    return present[soft_assignment(features @ dec["projection"], dec["centroids"]).argmax(dim=1)]
+    q = soft_assignment(features @ dec["projection"], dec["centroids"])
+    return class_of(q.argmax(dim=1), label)
 
 
-def cluster_kmeans(features: Tensor, label: Tensor, seed: int) -> Tensor:
-    """As cluster_dec, by k-means, clusters matched one to one so that most rows agree."""
+def class_of(cluster: Tensor, label: Tensor) -> Tensor:
+    """Each row's cluster as a class, one to one so that most rows agree. [n], [n] int64 -> [n]."""
     from scipy.optimize import linear_sum_assignment
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import confusion_matrix
 
     present, own = label.unique(return_inverse=True)
-    cluster = KMeans(len(present), n_init=10, random_state=seed).fit_predict(features.cpu().numpy())
-    agreement = confusion_matrix(cluster, own.cpu().numpy())
+    K = len(present)
+    agreement = (K * cluster + own).bincount(minlength=K * K).view(K, K).cpu().numpy()
     _, matched = linear_sum_assignment(agreement, maximize=True)  # Hungarian
-    return present[torch.from_numpy(matched[cluster]).to(label.device)]
+    return present[torch.from_numpy(matched).to(label.device)[cluster]]
 
 
 def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tensor:
@@ -379,12 +380,9 @@ def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tens
     cluster = label.clone()
     classes = set(label[kept].tolist())
     if missing := sorted(set(range(probs.shape[1])) - classes):
-        more = ", and there is no second filter" if len(classes) < 2 else ""
-        print(f"T_u: no label of class {missing} reaches --tau-select: none is trusted{more}")
-    if args.clustering == "dec" and len(classes) > 1:
+        print(f"T_u: no label of class {missing} reaches --tau-select: none is trusted")
+    if args.clustering != "none" and len(classes) > 1:
         cluster[kept] = cluster_dec(features[kept], label[kept], outer, args, run)
-    elif args.clustering == "kmeans" and len(classes) > 1:
-        cluster[kept] = cluster_kmeans(features[kept], label[kept], args.seed)
     if empty := sorted(classes - set(cluster[kept].tolist())):
         print(f"T_u: the cluster of class {empty} is empty: none of its labels is trusted")
 
@@ -413,8 +411,8 @@ def main(args: Args) -> dict[str, Any]:
     run = Run(name, asdict(args), device, dtype)
     run.describe(data, labeled, measured)
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
-    data.train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
+    train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
 
     networks = []
     for key in ("weights", "inner weights"):  # only the trusted labels are passed on

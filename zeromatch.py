@@ -394,8 +394,8 @@ def main(args: Args) -> dict[str, Any]:
     name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(name, asdict(args), device, dtype)
     run.describe(data, labeled, measured, zero_shot, prior)
-    data.train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
+    train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
 
     seed_step(args.seed, "weights", 0)
     student = build_student(args.backbone, preset, K, weights=args.weights).to(device)

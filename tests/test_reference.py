@@ -5,6 +5,7 @@ optimizers, averages, losses and targets, and shares with the scripts only the m
 data, the seeds and the numbers of the examples of a batch, which have tests of their own."""
 
 import copy
+import itertools
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from torch import nn
 
 import adamatch as am
@@ -21,7 +23,7 @@ import pseudolabel
 import zeromatch as zm
 
 K, N, B, B_u, SEED = 4, 60, 6, 18, 3  # classes, examples, labeled and unlabeled ones a step
-NEAR = {"rtol": 0, "atol": 1e-8}  # what counts as equal
+NEAR = {"rtol": 0, "atol": 1e-8}  # the rest is rounding
 POWERS = {  # of --layer-decay: three below the heads is what comes before the first block
     "encoder.pos_embedding": 3, "encoder.stem": 3, "encoder.layers.0": 2, "encoder.layers.1": 1,
     "encoder.norm": 1,
@@ -63,7 +65,7 @@ class Views:
     """Three views of an example that no two calls can confuse."""
 
     def __init__(self, split, *_):
-        self.x, self.y = torch.from_numpy(split.x), torch.from_numpy(split.y)
+        self.x, self.y = torch.from_numpy(split.x), torch.tensor(split.y)
 
     def __len__(self):
         return len(self.y)
@@ -402,18 +404,25 @@ def robust(name, z, label, a):
     return ce(z, label) / (1 if name == "ce" else -p.log().sum(dim=1))
 
 
+def named(cluster, label, present):
+    """A class for each cluster, one to one: of all such names those with which most rows agree."""
+    names = (np.array(order) for order in itertools.permutations(present))
+    return max((order[cluster] for order in names), key=lambda row: (row == label).sum())
+
+
 def dec(features, label, steps):
     """[(loss, agreement, projection, centroids) of each step], the classes of the last clusters.
     NumPy; the gradient by the formula of the paper of DEC, for a fixed target."""
     f, present = features - features.mean(axis=0), np.unique(label)
     f = f / np.sqrt((f**2).sum() / len(f))
-    w, c = np.eye(f.shape[1]), np.stack([f[label == k].mean(axis=0) for k in present])
+    start = KMeans(len(present), n_init=10, random_state=SEED).fit(f)  # it knows no label
+    w, c = np.eye(f.shape[1]), start.cluster_centers_
     v_w, v_c, rows = 0.0, 0.0, []
     for t in range(steps + 1):
         apart = (f @ w)[:, None] - c[None]
         kernel = 1 / (1 + (apart**2).sum(axis=2))
         q = kernel / kernel.sum(axis=1, keepdims=True)
-        found = present[q.argmax(axis=1)]
+        found = named(q.argmax(axis=1), label, present)
         if t == steps:
             return rows, found
         p = q**2 / q.sum(axis=0)

@@ -189,6 +189,6 @@ def test_the_teachers_accuracy_is_known_where_it_labels_the_test_part(tmp_path, 
         y[: len(y) // 4] = (y[: len(y) // 4] + 1) % 10
         header = pseudolabel.header_of(data, split, "three in four", "none")
         pseudolabel.write_labels(paths[at], header, np.eye(10)[y])
-    monkeypatch.setattr(zm, "default_labels", lambda *given: paths)
+    monkeypatch.setattr(zm, "default_labels", lambda *given: [p and str(p) for p in paths])
     result = zm.main(zm.Args(num_steps=1, runs_dir=str(tmp_path), data_dir=str(tmp_path)))
     assert result["teacher_acc"] == (75 if found else None) and 0 <= result["test_acc"] <= 100
