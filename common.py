@@ -1446,6 +1446,8 @@ class Run:
             "measured": self.measured, "seconds": self.seconds(), **facts,
         }  # fmt: skip
         write_atomically(self.folder / "result.json", result | {"args": self.args})
+        if self.board:
+            self.board.close()
         print(f"\n{self.measured}, last evaluation")
         for name, acc in lines.items():
             print(f"  {name:34} {'unknown' if acc is None else f'{acc:.2f} %'}")
@@ -1529,7 +1531,7 @@ def resumed(args_type: type, folder: str) -> Any:
 def cli(args_type: type, main: Callable[[Any], Any]) -> None:
     """Parse the command line into `args_type` and call `main`.
     Exit codes: 0 done, 2 the user can fix it (one line on standard error), 130 stopped."""
-    script = Path(sys.argv[0]).name
+    script, code = Path(sys.argv[0]).name, 0
     try:
         args = tyro.cli(args_type, description=sys.modules["__main__"].__doc__)
         if getattr(args, "resume", None):
@@ -1540,13 +1542,17 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
             sys.stdout = sys.stderr = open(os.devnull, "w")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops labeling in order
         main(args)
+        if PROCESSES > 1:
+            torch.distributed.barrier()
     except (UserError, OSError) as error:
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt as stop:
         how = f"training by --resume {(*stop.args, 'FOLDER')[0]}, labeling by the same command"
         print(f"{script}: stopped; continue {how}", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        code = 130
+    if PROCESSES > 1:  # the threads of a process group sometimes abort a Python that ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
