@@ -325,7 +325,6 @@ def train_adamatch(
                 "loss": loss, "loss_s": loss_s, "u_weight": u_weight, "loss_u": loss_u,
                 "mask_rate": mask.mean(), "c_tau": c_tau,
                 **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
-                "pseudo_label": pseudo_label, "mask": mask,
             }  # fmt: skip
 
         optimizer.zero_grad()

@@ -11,20 +11,18 @@ Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
   C3  Kept as published: enhancement factors reach only 0.05-0.95 (images get duller, never more
       vivid), and each of the three operations is always applied.
   C4  Gray images stay gray: Color leaves them alone, Cutout fills with its color's luminance.
-  C5  WRN-28-2: each block's first batch norm feeds its first convolution. In ZM's copy the one at
-      the head of groups 2 and 3 feeds nothing and gets no gradient.
+  C5  WRN-28-2: each block's first norm feeds its first convolution. In ZM's copy, those at the head
+      of groups 2 and 3 feed nothing; its stem has a bias, its last norm eps 0.001, its head Xavier.
   C6  SVHN is not mirrored (ZM mirrors digits). EuroSAT is also turned upside down, as published.
-  C7  Several processes: on CPUs each has its own batch statistics; random crops of images without
-      border are alike in each.
-  C8  The decay of averaged weights and batch statistics grows to its published value, so that short
-      runs are not evaluated with the weights of their first steps. WRN-28-2's batch norms have
-      momentum 0.1 (ZM: 0.001): the average, decay 0.999, is the long memory.
+  C7  Several CPU processes have batch statistics of their own; all crop borderless images alike.
+  C8  The decay of averaged weights and batch statistics grows to the published one, for short runs.
+      WRN's batch norms have momentum 0.1 (ZM: 0.001); the average makes up for it with 0.999.
   T1  Text features are the mean over a row's own tokens. ZM's mean includes the padding, so that a
       prediction depends on the longest row of its batch.
   T2  A text is title, space, body, with escaped newlines decoded. ZM joins them without the space,
       keeps the escapes, drops Yahoo's last character. Both drop Yahoo's best answer.
-  T3  The draw of rows is seeded, and no test text is drawn for training. ZM's is unseeded. Both
-      keep the last 1,024 characters of a training text.
+  T3  The draw of rows is seeded (ZM's is not), and no test text is drawn for training. Both keep
+      the last 1,024 characters of a training text.
   T4  Texts without back-translations: the strong view deletes, masks and swaps tokens.
 """
 
@@ -46,12 +44,11 @@ import tarfile
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
@@ -60,9 +57,11 @@ import torch.nn.functional as F
 import tyro
 from numpy import ndarray
 from numpy.random import RandomState
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision import datasets
 from torchvision.models import VisionTransformer, efficientnet_b0
 from torchvision.models.vision_transformer import interpolate_embeddings
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
@@ -112,24 +111,21 @@ DIGITS = Preset(  # the recipe was chosen with 10 labels, seeds 100-109
 FLOWERS102 = Preset(  # ZM config/usb_cv_framed_paper, for resisc45 too
     backbone="vit_small_patch16_224", size=224, pad=0, **IMAGENET, lr=1e-4, layer_decay=0.65,
     num_steps_stage1=102_400, num_steps=102_400, warmup_steps=2_560, eval_every=1_024,
-    num_labels=204,
 )  # fmt: skip
 AG_NEWS = Preset(  # ZM config/usb_nlp_paper
     backbone="bert-base-uncased", size=512, pad=0, flip=0, mean=(), std=(), batch_size=4,
     lr=5e-5, weight_decay=1e-4, layer_decay=0.65, num_steps_stage1=102_400, num_steps=102_400,
-    num_labels=40,
 )  # fmt: skip
-CLASSIC = {  # --backbone wrn_28_2 for a ViT: FixMatch, USB config/classic_cv; stage 1 is ours
+CLASSIC = {  # wrn_28_2 for a ViT: FixMatch (CIFAR-100: WRN-28-8), USB classic_cv; stage 1: ours
     "backbone": "wrn_28_2", "optimizer": "sgd", "lr": 0.03, "layer_decay": 1.0, "batch_size": 64,
     "uratio": 7, "num_steps_stage1": 2**18, "num_steps": 2**20, "warmup_steps": 0,
     "ema_decay": 0.999, "eval_every": 5_120,
 }  # fmt: skip
-SMALL_IMAGES = DIGITS._replace(
-    size=28, pad=3, flip=1, num_steps_stage1=600, num_steps=1400, warmup_steps=60, eval_every=70,
-)  # fmt: skip
 PRESETS = {
     "digits": DIGITS,
-    "fashion_mnist": SMALL_IMAGES._replace(mean=(0.286,), std=(0.353,), num_labels=100),
+    "fashion_mnist": DIGITS._replace(
+        size=28, pad=3, flip=1, mean=(0.286,), std=(0.353,), num_steps_stage1=600, num_steps=1400,
+        warmup_steps=60, eval_every=70, num_labels=100),
     "cifar10": Preset(**IMAGENET, num_labels=40),
     "cifar100": Preset(num_labels=100),
     "svhn": Preset(  # C6
@@ -139,12 +135,12 @@ PRESETS = {
     "stl10": FLOWERS102._replace(
         size=96, pad=12, num_labels=40,
         mean=(112.4 / 255, 109.1 / 255, 98.6 / 255), std=(68.4 / 255, 66.6 / 255, 68.5 / 255)),
-    "flowers102": FLOWERS102,
+    "flowers102": FLOWERS102._replace(num_labels=204),
     "resisc45": FLOWERS102._replace(num_labels=90),
     "food101": FLOWERS102._replace(
         backbone="efficientnet_b0", lr=3e-4, layer_decay=1.0, uratio=3, num_steps_stage1=25_600,
         ema_decay=0.999, num_labels=1_010),
-    "ag_news": AG_NEWS,
+    "ag_news": AG_NEWS._replace(num_labels=40),
     "yahoo_answers": AG_NEWS._replace(lr=1e-4, num_labels=250),
     "amazon_review": AG_NEWS._replace(lr=1e-5, layer_decay=0.75, num_labels=250),
 }  # fmt: skip
@@ -154,15 +150,14 @@ SHORT = {  # own data
 }  # fmt: skip
 OWN = {
     "texts": AG_NEWS._replace(batch_size=8, uratio=2, **SHORT),
-    "pictures": SMALL_IMAGES._replace(size=32, pad=4, **IMAGENET, num_labels=0),
+    "pictures": PRESETS["fashion_mnist"]._replace(size=32, pad=4, **IMAGENET, num_labels=0),
     "photos": FLOWERS102._replace(**SHORT),
 }
 
 
 def preset_of(dataset: str, backbone: str | None = None, size: int | None = None) -> Preset:
-    """The recipe of a data set; for --backbone wrn_28_2 in place of a ViT, the classic one. For own
-    data `size` may be another one. Own pictures are for a laptop's CPU, with a larger backbone for
-    a GPU. Raises UserError."""
+    """The recipe of a data set; for --backbone wrn_28_2 in place of a ViT, the classic one. Own
+    data, seen at `size`: pictures for a laptop, with larger backbones for a GPU; texts."""
     if dataset in PRESETS:
         preset = PRESETS[dataset]
         if backbone == "wrn_28_2" and preset.backbone.startswith("vit"):
@@ -191,9 +186,8 @@ def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
     """Arguments with the preset's value for every None that it knows, all ranges checked.
     --num-steps alone also scales stage 1, warm-up and evaluation interval. Raises UserError."""
     row, factor = preset._asdict(), (given["num_steps"] or preset.num_steps) / preset.num_steps
-    for name in ("num_steps_stage1", "warmup_steps", "eval_every"):
-        row[name] = max(int(name != "warmup_steps"), round(row[name] * factor))
-    row["eval_every"] = max(10, row["eval_every"])  # a short run fills no screen
+    for name, least in (("num_steps_stage1", 1), ("warmup_steps", 0), ("eval_every", 10)):
+        row[name] = max(least, round(row[name] * factor))
     args = {name: row.get(name) if value is None else value for name, value in given.items()}
     ranges = {  # (lowest, highest): names
         (1, 2**32 - 1): "num_steps num_steps_stage1 batch_size uratio log_every eval_every",
@@ -297,21 +291,17 @@ def data_parallel(student: nn.Module) -> nn.Module:
 
 def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, torch.dtype | None]:
     """(device, autocast dtype or None) for --device auto|cpu|cuda|mps, --amp auto|bf16|fp16|off.
-    auto takes the accelerator, and bfloat16 where it is native and faster (on a CPU not for
-    EfficientNet, nor for the small CNN, whose results should not depend on the machine)."""
+    auto takes the accelerator, and bfloat16 and TF32 where a GPU has them."""
     found, native = "cpu", False
     if torch.accelerator.is_available():
         found = torch.accelerator.current_accelerator().type
     device = found if device == "auto" else device
     if device not in ("cpu", found):
         raise UserError(f"--device {device}: torch finds no such device; use --device cpu or auto")
-    if device == "cpu":
-        if backbone == "cnn" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # several would wait for one another at every small step
-        if amp == "fp16":
-            raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
-        native = torch.cpu._is_avx512_bf16_supported()
-        native = native and backbone not in ("cnn", "efficientnet_b0")
+    if device == "cpu" and amp == "fp16":
+        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+    if device == "cpu" and backbone == "cnn" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # several would wait for one another at every small step
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cudnn.benchmark = True  # resume is bit-exact on CPUs only
@@ -398,9 +388,9 @@ def load_data(
 def load_digits() -> Data:
     """scikit-learn's 1,797 handwritten digits, 8x8, stored as round(value * 255 / 16).
     No split is published: a fixed permutation keeps 500 for test."""
-    from sklearn import datasets
+    import sklearn.datasets
 
-    digits = datasets.load_digits()
+    digits = sklearn.datasets.load_digits()
     x = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     whole, order = Split(x, digits.target), RandomState(0).permutation(len(x))
     return Data("digits", list("0123456789"), whole.take(order[500:]), whole.take(order[:500]))
@@ -416,22 +406,10 @@ TORCHVISION = {  # class in torchvision.datasets; what makes up its training par
     "flowers102": ("Flowers102", ["train", "val"], ["test"]),  # 2,040 | 6,149
 }
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
-RESISC45 = {  # torchgeo's copy and test list, 25,200 | 6,300; ZM takes its lists from elsewhere
-    "repo_id": "isaaccorley/resisc45", "repo_type": "dataset",
-    "revision": "883edc0eee77b2c84225472f10f126e3ed83fa6e",
-    "allow_patterns": ["NWPU-RESISC45.zip", "resisc45-test.txt"],
-}  # fmt: skip
-EUROSAT_CLASSES = (  # folders AnnualCrop ... SeaLake in the words of BatsResearch's GRIP
-    "annual crop land, forest, brushland or shrubland, highway or road, "
-    "industrial buildings or commercial buildings, pasture land, permanent crop land, "
-    "residential buildings or homes or apartments, river, lake or sea"
-).split(", ")
 
 
 def load_images(dataset: str, root: Path, preset: Preset) -> Data:
     """A published set of images, read by torchvision; picture files are decoded once."""
-    from torchvision import datasets
-
     raw = root / "FashionMNIST" / "raw"
     if dataset == "fashion_mnist" and not any(raw.glob("*ubyte")):
         for file in DEBIAN_FASHION.glob("*.gz"):
@@ -473,15 +451,19 @@ def satellite_pictures(dataset: str, root: Path) -> tuple[list[str], Split, Spli
     """(class names, training part, test part) of eurosat or resisc45; x: picture files.
     eurosat as in USB: the first 80 % of every class by name are for training, 21,600 | 5,400."""
     from huggingface_hub import snapshot_download
-    from torchvision import datasets
 
     if dataset == "eurosat":
-        found, classes = datasets.EuroSAT(root, download=True), EUROSAT_CLASSES
+        found = datasets.EuroSAT(root, download=True)
+        classes = [re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in found.classes]
         test = np.concatenate([np.arange(n) >= n * 4 // 5 for n in np.bincount(found.targets)])
     else:
         folder = root / "resisc45" / "NWPU-RESISC45"
         if not folder.exists():
-            snapshot_download(**RESISC45, local_dir=folder.parent)
+            snapshot_download(  # torchgeo's copy and test list; ZM takes its lists from elsewhere
+                "isaaccorley/resisc45", repo_type="dataset", local_dir=folder.parent,
+                revision="883edc0eee77b2c84225472f10f126e3ed83fa6e",
+                allow_patterns=["NWPU-RESISC45.zip", "resisc45-test.txt"],
+            )  # fmt: skip
             datasets.utils.extract_archive(f"{folder}.zip", str(folder.parent))
         found = datasets.ImageFolder(folder)
         listed = folder.with_name("resisc45-test.txt").read_text().split()
@@ -600,9 +582,8 @@ def held_out(y: ndarray, num_classes: int) -> ndarray:
 
 
 def load_folder(folder: Path, data_dir: str, preset: Preset) -> Data:
-    """Own pictures: train/<class>/, perhaps unlabeled/ (also nested), perhaps test/<class>/, else
-    `held_out` pictures are the test part. Copies of test pictures are left out of training.
-    Raises UserError for another layout."""
+    """Own pictures: train/<class>/, perhaps unlabeled/ and test/<class>/, else `held_out` pictures
+    are the test part; its copies are left out of training. Raises UserError for another layout."""
     name, classes = folder.resolve().name, sorted(at.name for at in folder.glob("train/[!.]*/"))
     train, test = (
         [(file, y) for y, label in enumerate(classes) for file in files_below(at / label)]
@@ -611,9 +592,9 @@ def load_folder(folder: Path, data_dir: str, preset: Preset) -> Data:
     wrong = {*classes, *(at.name for at in folder.glob("test/[!.]*/"))}
     wrong -= {classes[y] for _, y in train}
     if len(classes) < 2 or wrong:
-        expected = "pictures in at least two folders train/<class>/, no other classes in test/"
-        found = f"{len(classes)} classes, wrong: {sorted(wrong)}"
-        raise UserError(f"--dataset {folder}: expected {expected}; found {found}")
+        expected = "pictures in two folders train/<class>/ or more, no other classes in test/"
+        found = f"found {len(classes)}, wrong: {sorted(wrong)}"
+        raise UserError(f"--dataset {folder}: expected {expected}; {found}")
     held = held_out(np.array([y for _, y in train]), len(classes))
     test = test or [train[i] for i in np.flatnonzero(held)]
     train += [(file, -1) for file in files_below(folder / "unlabeled")]
@@ -645,13 +626,12 @@ def decode(files: list, store: str, preset: Preset, part: str, test_keys: Any = 
     if done != recipe:
         keys, copies = [], set(test_keys)
         os.makedirs(path.parent, exist_ok=True)
-        with ThreadPool() as pool, TemporaryDirectory(dir=path.parent) as scratch:
+        with ThreadPool() as pool, open(path.with_suffix(".tmp"), "wb") as to:
             decoded = pool.imap(lambda name: decode_one(name, side, shape), names)
-            with open(f"{scratch}/raw", "wb") as to:
-                for pixels, key in tqdm(decoded, f"decoding {part}", len(names), disable=None):
-                    to.write(b"" if key in copies else pixels)
-                    keys.append(key)
-            os.replace(to.name, path)
+            for pixels, key in tqdm(decoded, f"decoding {part}", len(names), disable=None):
+                to.write(b"" if key in copies else pixels)
+                keys.append(key)
+        os.replace(to.name, path)
         write_atomically(note, json.dumps([recipe, *keys]).encode())
     keys = np.array(keys)
     kept = (keys != "") & ~among(keys, test_keys)
@@ -675,10 +655,8 @@ def decode_one(file: str, side: int, shape: tuple) -> tuple[bytes, str]:
     return pixels.tobytes(), content_hash(content).hex()
 
 
-def read_picture(file: str | Path) -> Any:
+def read_picture(file: str | Path) -> Image.Image:
     """Any picture as 8-bit RGB: turned as its EXIF data say, on white where it is transparent."""
-    from PIL import Image, ImageOps
-
     with Image.open(file) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which convert would clip at 255
@@ -709,9 +687,7 @@ def class_counts(y: ndarray, classes: list[str]) -> str:
     """Labels per class, most frequent first; of many classes the first and last ten; not y = -1."""
     counts = np.bincount(y[y >= 0], minlength=len(classes))
     rows = [f"{classes[k]} {counts[k]}" for k in np.argsort(-counts, kind="stable")]
-    if len(rows) > 20:
-        rows[10:-10] = ["..."]
-    return ", ".join(rows)
+    return ", ".join(rows if len(rows) <= 20 else [*rows[:10], "...", *rows[-10:]])
 
 
 def draw_labeled(y: ndarray, num_labels: int, num_classes: int, seed: int) -> ndarray:
@@ -815,6 +791,7 @@ def rand_augment(x: Tensor, u: Tensor) -> Tensor:
 
 
 CUTOUT_FILL = (125, 123, 114)  # ZM; its luminance is 123
+WEAK_DRAWS, STRONG_DRAWS = 3, 12  # random numbers u per image
 
 
 def cutout(x: Tensor, u: Tensor) -> Tensor:
@@ -826,15 +803,6 @@ def cutout(x: Tensor, u: Tensor) -> Tensor:
     inside = (i[:, :, None] & j[:, None])[:, None]  # [n, 1, side, side]
     fill = x.new_tensor(CUTOUT_FILL if x.shape[1] == 3 else (123,))[:, None, None]  # C4
     return x * ~inside + fill * inside  # torch.where is slow for bytes
-
-
-WEAK_DRAWS, STRONG_DRAWS = 3, 12  # random numbers u per image
-
-
-def strong_augment(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tensor:
-    """The strong view: the weak one, RandAugment, Cutout. u [n, STRONG_DRAWS]."""
-    x = crop_and_flip(x, u[:, :3], size, pad, flip)
-    return cutout(rand_augment(x, u[:, 3:9].unflatten(1, (3, 2))), u[:, 9:])
 
 
 class Views:
@@ -866,7 +834,9 @@ class Views:
         if not pad:
             crop = RandomResizedCrop(size)  # 0.08 to 1 of the area, sides 3:4 to 4:3
             x = torch.stack([crop(image) for image in x])
-        return self.normalized(strong_augment(x, u, *self.geometry))
+        x = crop_and_flip(x, u[:, :3], *self.geometry)
+        x = rand_augment(x, u[:, 3:9].unflatten(1, (3, 2)))
+        return self.normalized(cutout(x, u[:, 9:]))
 
     def normalized(self, x: Tensor) -> Tensor:
         return x.float().sub_(self.mean).div_(self.std)
@@ -930,10 +900,8 @@ class TextViews(Views):
         tokenizer = load_pretrained("AutoTokenizer", backbone, truncation_side="right")
         self.max_length = min(preset.size, tokenizer.model_max_length)
         columns = [split.x] if split.aug is None else [split.x, *split.aug.T]
-        cut, self.rows = {"truncation": True, "max_length": self.max_length}, []
-        parts = np.array_split(np.concatenate(columns), max(1, len(split) // 1000))
-        for part in tqdm(parts, "tokenizing", disable=None):
-            self.rows += map(torch.tensor, tokenizer(part.tolist(), **cut)["input_ids"])
+        texts, cut = np.concatenate(columns).tolist(), {"max_length": self.max_length}
+        self.rows = [*map(torch.tensor, tokenizer(texts, truncation=True, **cut)["input_ids"])]
         self.num_aug = len(columns) - 1
         self.special = torch.tensor(tokenizer.all_special_ids, device=device)
         self.mask_id = tokenizer.mask_token_id
@@ -973,6 +941,7 @@ def join(views: list[Any]) -> Tensor:
 # ---------------------------------------------------------------------------- backbones
 # An encoder maps images [n, C, H, W] or tokens [n, L] to features [n, num_features]. With
 # batch_statistics, rows of a batch influence one another.
+VITS = {"vit_small_patch2_32": 2, "vit_small_patch16_224": 16}  # patch side; any image side works
 
 
 class SmallCNN(nn.Sequential):
@@ -988,16 +957,14 @@ class SmallCNN(nn.Sequential):
         self.num_features = 4 * w
 
 
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
-
-
 class WideBlock(nn.Module):
     """Pre-activation residual block of a WRN; in the first one the shortcut is activated, too."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
         self.bn1, self.bn2 = (nn.BatchNorm2d(c) for c in (c_in, c_out))  # C8
-        self.conv1, self.conv2 = conv3x3(c_in, c_out, stride=stride), conv3x3(c_out, c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.first, self.shortcut = c_in == 16, nn.Identity()
         if c_in != c_out:
             self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
@@ -1015,7 +982,7 @@ class WideResNet(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1, self.blocks = conv3x3(channels, 16), nn.Sequential()
+        self.conv1, self.blocks = nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.Sequential()
         for c_in, c_out, stride in ((16, 32, 1), (32, 64, 2), (64, 128, 2)):
             self.blocks.append(WideBlock(c_in, c_out, stride))
             self.blocks.extend(WideBlock(c_out, c_out, 1) for _ in range(3))
@@ -1026,9 +993,6 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.bn(self.blocks(self.conv1(x))), 0.1).mean(dim=(2, 3))
-
-
-VITS = {"vit_small_patch2_32": 2, "vit_small_patch16_224": 16}  # patch side; any image side works
 
 
 class PretrainedEncoder(nn.Module):
@@ -1077,9 +1041,8 @@ class PretrainedEncoder(nn.Module):
 
 
 class Student(nn.Module):
-    """Encoder + main head + (after `add_kd_head`) auxiliary distillation head.
-    Batch, extra inputs of the heads [n, num_extra] or None -> (logits [n, K], logits_kd [n, K] or
-    None, features [n, D])."""
+    """Encoder + main head + (after `add_kd_head`) auxiliary head. Batch, extra inputs of the heads
+    [n, num_extra] or None -> (logits [n, K], logits_kd [n, K] or None, features [n, D])."""
 
     def __init__(self, encoder: nn.Module, num_classes: int, num_extra: int = 0) -> None:
         super().__init__()
@@ -1127,6 +1090,7 @@ def build_student(
     return Student(encoder, num_classes, num_extra)
 
 
+BLOCK = r"(?m)^.*?\b(?:layers?|blocks|stages|features|encoder_layer)[._](\d+)\."  # in a name
 USB = "https://github.com/microsoft/Semi-supervised-learning/releases/download/v.0.0.0/"
 WEIGHTS = {
     "vit_small_patch2_32": USB + "vit_small_patch2_32_mlp_im_1k_32.pth",
@@ -1179,14 +1143,13 @@ def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None
     print(f"{backbone} starts from {WEIGHTS.get(source, source)}")
 
 
-BLOCK = r"(?m)^.*?\b(?:layers?|blocks|stages|features|encoder_layer)[._](\d+)\."  # in a name
-
-
-def param_groups(student: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list:
-    """Optimizer groups: no decay for 1-D tensors (biases, norms), positions and class token.
-    `lr_scale`, the factor of a group's learning rate, is 1 for the heads, times layer_decay from
-    each block to the one below it. What precedes the first block is one more layer; what follows
-    the last one belongs to it. Source: ZM semilearn/nets/utils.py."""
+def optimizer_of(
+    student: nn.Module, kind: str, lr: float, weight_decay: float, layer_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9. No decay for 1-D tensors (biases,
+    norms), positions, class token. `lr_scale`, the factor of a group's learning rate, is 1 for the
+    heads, times layer_decay from each block to the one below it. What precedes the first block is
+    one more layer; what follows the last belongs to it. Source: ZM semilearn/nets/utils.py."""
     named, layer, groups = dict(student.named_parameters()), 0, {}
     top = max(map(int, re.findall(BLOCK, "\n".join(named))), default=-1) + 2
     for name, p in named.items():
@@ -1197,17 +1160,9 @@ def param_groups(student: nn.Module, lr: float, weight_decay: float, layer_decay
         decay = 0.0 if plain else weight_decay
         group = {"params": [], "weight_decay": decay, "lr": lr, "lr_scale": scale}
         groups.setdefault((scale, decay), group)["params"].append(p)
-    return list(groups.values())
-
-
-def optimizer_of(
-    student: nn.Module, name: str, lr: float, weight_decay: float, layer_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9 over `param_groups`."""
-    groups = param_groups(student, lr, weight_decay, layer_decay)
-    if name == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, fused=True)  # BERT on a CPU: 570 -> 70 ms
+    if kind == "sgd":
+        return torch.optim.SGD(groups.values(), momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups.values(), fused=True)  # BERT on a CPU: 570 -> 70 ms
 
 
 def average_of(student: nn.Module, decay: float) -> AveragedModel:
@@ -1266,6 +1221,7 @@ class Run:
             with explained(f"{checkpoint} is damaged", "start a new run"):
                 self.state |= torch.load(checkpoint, map_location=device, weights_only=True)
         self.history = self.state.get("history", {})  # stage: accuracies
+        self.missing = self.state.get("missing", [])  # classes that are never predicted
         self.pending = self.state.get("pending", {})  # scalars since the last line, by name
         if not resume:
             write_atomically(self.folder / "args.json", args)
@@ -1285,27 +1241,23 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.folder))
-        self.start = self.saved = time.perf_counter()
-        self.signal = 0
+        self.start = self.saved = self.stage_start = time.perf_counter()
+        self.steps, self.signal = 0, 0
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.note_signal)
 
     def note_signal(self, number: int, frame: Any) -> None:
-        if self.signal:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step to end
         self.signal = number
+        signal.signal(number, signal.default_int_handler)  # the next one does not wait for a step
 
     def describe(
-        self, data: Data, labeled: np.ndarray, measured: str, y_zs: Any = None, prior: Any = None
+        self, data: Data, labeled: ndarray, measured: str, y_zs: ndarray | None = None
     ) -> None:
         """Print what will be done with what; write the positions of labeled examples.
-        measured: see `measured_part`. y_zs [N]: the teacher's labels, -1 = abstained. prior [K]:
-        the class shares that pseudo-labels should have, if not those of the labels."""
+        measured: see `measured_part`. y_zs [N]: the teacher's labels, -1 = abstained."""
         self.measured, self.classes, y_lb = measured, data.classes, data.train.y[labeled]
-        shares = torch.from_numpy(np.bincount(y_lb, minlength=len(data.classes)) / len(labeled))
-        self.expected = shares if prior is None else prior.cpu().double()
-        self.counts = self.state.get("counts", torch.zeros(len(shares), device=self.device))
+        self.counts = np.bincount(y_lb, minlength=len(self.classes))
         given = (f"{name} {value}" for name, value in self.args.items() if value is not None)
         print(*given, f"\n{self.folder} on {self.device}, autocast {self.dtype}; {measured}")
         sizes = f"{len(labeled)} labeled, {len(data.train)} unlabeled (with labeled)"
@@ -1314,8 +1266,7 @@ class Run:
             right = share_right(int((y_zs[labeled] == y_lb).sum()), len(labeled))
             print(f"teacher's labels: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
             print(f"teacher right on labeled examples: {right}", flush=True)
-        if not RANK:
-            np.savetxt(self.folder / "labeled_idx.txt", labeled, "%d")
+        write_atomically(self.folder / "labeled_idx.txt", "\n".join(map(str, labeled)).encode())
 
     def autocast(self) -> Any:
         """Context of forward passes. Losses stay outside: bfloat16's 0.949 passes 0.95."""
@@ -1336,16 +1287,12 @@ class Run:
         return self.state["step"], self.state
 
     def log(
-        self, stage: int, step: int, num_steps: int, line: str, pseudo_label: Tensor | None = None,
-        mask: Tensor | None = None, **values: Any,
-    ) -> None:  # fmt: skip
+        self, stage: int, step: int, num_steps: int, line: str, **values: Tensor | float
+    ) -> None:
         """Keep one step's scalars; every --log-every steps write their means and print `line`.
-        pseudo_label, mask [B_u]: for the class shares. A mean leaves out NaN (a rate without a
-        case) except in a loss: raises UserError if one was not finite."""
+        A mean leaves out NaN (a rate without a case). Raises UserError if a loss is not finite."""
         for name, value in values.items():
             self.pending.setdefault(name, []).append(torch.as_tensor(value).detach())
-        if pseudo_label is not None:
-            self.counts.index_add_(0, pseudo_label, mask)
         self.steps += 1
         if (step + 1) % self.args["log_every"] and step + 1 < num_steps:
             return
@@ -1354,8 +1301,7 @@ class Run:
         row["time/step_per_s"] = rate = self.steps / (time.perf_counter() - self.stage_start)
         left = timedelta(seconds=round((num_steps - step - 1) / rate))
         said = line.format(**means).replace(" pl_acc nan", "")  # where nothing is known
-        said = f"{said} | {rate:.3g} step/s, {left} left"
-        self.write(stage, step, row, f"/{num_steps} | {said}")
+        self.write(stage, step, row, f"/{num_steps} | {said} | {rate:.3g} step/s, {left} left")
         self.pending = {}
 
     def columns(self, stage: int, step: int) -> Iterator[tuple[str, Tensor]]:
@@ -1378,19 +1324,15 @@ class Run:
     def evaluate(
         self, stage: int, step: int, num_steps: int, student: Any, test: Views, extra: Any = None
     ) -> None:
-        """If it is due, log the accuracy in percent of `student` on `test`, and class_drift: half
-        the sum over classes of |share of pseudo-labels since the last time - expected share|."""
+        """If it is due, log the accuracy in percent of `student` on `test`."""
         if not self.due(step, num_steps):
             return
-        right = predict(student, test, self.autocast, extra).argmax(dim=1) == test.y.cpu()
+        label = predict(student, test, self.autocast, extra).argmax(dim=1)
+        self.missing = sorted({*range(len(self.classes))} - {*label.tolist()})
+        acc = 100 * (label == test.y.cpu()).float().mean().item()
         name = "test/acc" if self.measured == "test_acc" else f"train/{self.measured}"
-        row = {name: 100 * right.float().mean().item(), "time/hours": self.seconds() / 3600}
-        counts = mean_over_processes(self.counts).cpu().double()
-        if counts.any():
-            shares = counts / counts.sum()
-            row["train/class_drift"] = 0.5 * (shares - self.expected).abs().sum().item()
-        self.counts.zero_()
-        self.history.setdefault(stage, []).append(row[name])
+        row = {name: acc, "time/hours": self.seconds() / 3600}
+        self.history.setdefault(stage, []).append(acc)
         self.write(stage, step, row, *(f" | {name} {value:.2f}" for name, value in row.items()))
 
     def write(self, stage: int, step: int, row: dict[str, float], *said: str) -> None:
@@ -1420,7 +1362,7 @@ class Run:
         torch.save({
             "stage": stage, "step": step + 1, "seconds": self.seconds(), "history": self.history,
             "pending": {name: column.tolist() for name, column in self.columns(stage, step)},
-            "counts": self.counts, "metrics_bytes": self.metrics.tell(), **parts, **state,
+            "missing": self.missing, "metrics_bytes": self.metrics.tell(), **parts, **state,
         }, buffer)  # fmt: skip
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
         self.saved = time.perf_counter()
@@ -1453,10 +1395,12 @@ class Run:
             print(f"  {name:34} {'unknown' if acc is None else f'{acc:.2f} %'}")
         if (lines[name] or 0) < max(acc or 0 for acc in lines.values()):
             print("The last is not the best: try more --num-steps, a lower --lr, more --num-labels")
-        print(f"student: {self.folder}/student; label new data with it, or load it in Python:")
-        print(f"  python pseudolabel.py --teacher student --student {self.folder}/student "
-              "--dataset NEW --csv answers.csv")  # fmt: skip
-        print(f"  student, config = common.load_student('{self.folder}/student')")
+        for k in self.missing:
+            print(f"never predicted: {self.classes[k]}, which has {self.counts[k]} labels")
+        student = f"{self.folder}/student"
+        print(f"Label new data with the student, or load it in Python:\n  python pseudolabel.py "
+              f"--teacher student --student {student} --dataset NEW --csv answers.csv\n  "
+              f"student, config = common.load_student('{student}')")  # fmt: skip
         return result
 
 
@@ -1553,6 +1497,5 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
         code = 130
     if PROCESSES > 1:  # the threads of a process group sometimes abort a Python that ends
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -337,7 +337,7 @@ def train_stage2(
         ema.update_parameters(student)
 
         run.log(
-            2, step, args.num_steps, LINE, pseudo_label, mask,
+            2, step, args.num_steps, LINE,
             loss=loss, loss_s=loss_s, lambda_u=args.lambda_u, loss_u=loss_u,
             kd_weight=args.lambda_p * alpha_t, loss_kd=loss_kd, mask_rate=mask.mean(), c_tau=c_tau,
             alpha_t=alpha_t, lr=lr, **pseudo_label_accuracy(pseudo_label, mask, train.y[idx_ulb]),
@@ -393,7 +393,7 @@ def main(args: Args) -> dict[str, Any]:
     test_part, measured = measured_part(data)
     name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(name, asdict(args), device, dtype)
-    run.describe(data, labeled, measured, zero_shot, prior)
+    run.describe(data, labeled, measured, zero_shot)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
     train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
 

@@ -193,7 +193,8 @@ def optimizer_of(case: SimpleNamespace, **options: Any) -> torch.optim.Optimizer
     a, lr = case.args, case.args.lr * 1e-3
     if not options:
         return common.optimizer_of(case.student, a.optimizer, lr, a.weight_decay, a.layer_decay)
-    groups = common.param_groups(case.student, lr, a.weight_decay, a.layer_decay)
+    optimizer = common.optimizer_of(case.student, "sgd", lr, a.weight_decay, a.layer_decay)
+    groups = optimizer.param_groups
     if a.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
     return torch.optim.AdamW(groups, **options)

@@ -16,7 +16,7 @@ from torchvision.ops import StochasticDepth
 
 import common
 import zeromatch
-from common import UserError, load_weights, param_groups
+from common import UserError, load_weights, optimizer_of
 from pseudolabel import header_of, write_labels
 
 VITS = [("vit_small_patch2_32", 32, 2), ("vit_small_patch16_224", 224, 16)]
@@ -228,7 +228,8 @@ def test_any_image_model_of_transformers_is_a_backbone_and_read_back_without_it(
     assert logits.shape == (2, 2) and student.encoder.batch_statistics == (kind == "resnet")
     gray = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(student(gray)[0], student(gray.expand(2, 3, 32, 32))[0])
-    scales = {group["lr_scale"] for group in param_groups(student, 1.0, 0.1, 0.5)}
+    groups = optimizer_of(student, "sgd", 1.0, 0.1, 0.5).param_groups
+    scales = {group["lr_scale"] for group in groups}
     assert {1.0, 0.5, 0.25, 0.125} <= scales
     config = {"backbone": str(folder), "size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
     config |= {"classes": ["cat", "dog"], "num_extra": 0}
@@ -253,7 +254,7 @@ def test_a_name_that_is_no_model_for_images_gives_one_line(tmp_path, monkeypatch
 def test_layer_decay_makes_the_published_fourteen_groups():
     student = build("vit_small_patch2_32", num_classes=100)
     student.add_kd_head()
-    groups = param_groups(student, 5e-4, 5e-4, 0.5)
+    groups = optimizer_of(student, "adamw", 5e-4, 5e-4, 0.5).param_groups
     names = {id(p): name for name, p in student.named_parameters()}
     row_of = {names[id(p)]: group for group in groups for p in group["params"]}
     scale = {name: group["lr_scale"] for name, group in row_of.items()}
@@ -268,7 +269,7 @@ def test_layer_decay_makes_the_published_fourteen_groups():
     spared = {name for name, group in row_of.items() if group["weight_decay"] == 0}
     assert spared == whole | {name for name, p in student.named_parameters() if p.ndim == 1}
     assert {group["weight_decay"] for group in groups} == {0.0, 5e-4}
-    groups = param_groups(build("cnn", 8), 1e-3, 0.1, 1.0)
+    groups = optimizer_of(build("cnn", 8), "sgd", 1e-3, 0.1, 1.0).param_groups
     assert [(g["lr_scale"], g["weight_decay"]) for g in groups] == [(1.0, 0.1), (1.0, 0.0)]
 
 

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 METHODS = ["zeromatch", "adamatch", "kd_fixmatch"]
 SCRIPTS = [*METHODS, "pseudolabel"]
 BUDGETS = {  # file: (lines, code tokens)
-    "common.py": (1570, 14_300),  # the aim is 1,400 and 13,500
-    "pseudolabel.py": (900, 9_500),
+    "common.py": (1500, 15_000),
+    "pseudolabel.py": (1000, 10_500),
     "zeromatch.py": (420, 3_000),
     "adamatch.py": (420, 3_000),
     "kd_fixmatch.py": (440, 3_500),

@@ -371,7 +371,7 @@ def test_heads_are_two_layers_and_rates_fall_from_layer_to_layer(tiny):
     for head in (student.head, student.kd_head):
         assert [tuple(p.shape) for p in head.parameters()] == [(16, 16), (16,), (3, 16), (3,)]
     assert not torch.equal(student.head[0].weight, student.kd_head[0].weight)
-    groups = common.param_groups(student, 1.0, 0.1, 0.5)
+    groups = common.optimizer_of(student, "adamw", 1.0, 0.1, 0.5).param_groups
     scale = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(scale) == sum(1 for _ in student.parameters())
     model = student.encoder.model
@@ -390,7 +390,8 @@ def test_other_encoders_work_and_their_layers_are_found(tmp_path, family):
     config = getattr(transformers, f"{family}Config")(vocab_size=60, **LAYERS, **ids)
     config.save_pretrained(tmp_path)
     student = build(str(tmp_path)).eval()
-    encoder, groups = student.encoder, common.param_groups(student, 1.0, 0.0, 0.5)
+    encoder = student.encoder
+    groups = common.optimizer_of(student, "adamw", 1.0, 0.0, 0.5).param_groups
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert scale[id(encoder.model.get_input_embeddings().weight)] == 0.125
     assert set(scale.values()) == {0.125, 0.25, 0.5, 1.0}

@@ -134,15 +134,22 @@ def test_cutout_box_has_the_drawn_side_is_clipped_and_gray_on_gray():
     assert set(common.cutout(x[:1, :1], u[:1]).unique().tolist()) == {0, 123}
 
 
+def strong_of(x, u, size, pad, flip):
+    weak = common.crop_and_flip(x, u[:, :3], size, pad, flip)
+    return common.cutout(common.rand_augment(weak, u[:, 3:9].unflatten(1, (3, 2))), u[:, 9:])
+
+
 def test_the_strong_view_is_weak_view_operations_and_cutout_row_by_row():
     x, u = natural_images(40, 3, 32, seed=3), draws(40, common.STRONG_DRAWS, seed=3)
-    strong = common.strong_augment(x, u, 32, 4, 1)
-    weak = common.crop_and_flip(x, u[:, :3], 32, 4, 1)
-    operated = common.rand_augment(weak, u[:, 3:9].unflatten(1, (3, 2)))
-    assert torch.equal(strong, common.cutout(operated, u[:, 9:]))
+    strong, weak = strong_of(x, u, 32, 4, 1), common.crop_and_flip(x, u[:, :3], 32, 4, 1)
     assert (strong != weak).flatten(1).any(dim=1).float().mean() > 0.95
-    alone = [common.strong_augment(x[i : i + 1], u[i : i + 1], 32, 4, 1) for i in range(40)]
+    alone = [strong_of(x[i : i + 1], u[i : i + 1], 32, 4, 1) for i in range(40)]
     assert torch.equal(strong, torch.cat(alone))
+    views = Views(Split(x.numpy(), np.zeros(40, np.int64)), preset_of("cifar10"), CPU)
+    common.seed_step(0, "stage", 5)
+    expected = views.normalized(strong_of(x, common.uniform(40, 12), 32, 4, 1))
+    common.seed_step(0, "stage", 5)
+    assert torch.equal(views.strong(torch.arange(40)), expected)
 
 
 def test_strong_views_of_images_without_border_show_a_random_part():
@@ -152,7 +159,7 @@ def test_strong_views_of_images_without_border_show_a_random_part():
     common.seed_step(0, "stage", 5)
     u, crop = common.uniform(2, common.STRONG_DRAWS), RandomResizedCrop(24)
     crops = torch.stack([crop(x[5]), crop(x[2])])
-    expected = views.normalized(common.strong_augment(crops, u, 24, 0, 1))
+    expected = views.normalized(strong_of(crops, u, 24, 0, 1))
     common.seed_step(0, "stage", 5)
     assert torch.equal(views.strong(idx), expected)
 
