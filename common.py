@@ -1,7 +1,6 @@
 """What the three method scripts share: data, views, backbones, evaluation, run folder.
 
-Anything a paper defines (an equation, a threshold, a schedule) lives in that paper's script.
-Functions take values, never the scripts' `Args`, so that signatures document them.
+What a paper defines is in that paper's script. Functions take values, never the scripts' `Args`.
 
 Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
   C1  Batches are slices of endless seeded permutations: every example comes once a pass. ZM cuts an
@@ -592,7 +591,7 @@ def load_folder(folder: Path, data_dir: str, preset: Preset) -> Data:
     wrong = {*classes, *(at.name for at in folder.glob("test/[!.]*/"))}
     wrong -= {classes[y] for _, y in train}
     if len(classes) < 2 or wrong:
-        expected = "pictures in two folders train/<class>/ or more, no other classes in test/"
+        expected = "pictures in at least two folders train/<class>/, no others in test/"
         found = f"found {len(classes)}, wrong: {sorted(wrong)}"
         raise UserError(f"--dataset {folder}: expected {expected}; {found}")
     held = held_out(np.array([y for _, y in train]), len(classes))
@@ -706,8 +705,8 @@ def draw_labeled(y: ndarray, num_labels: int, num_classes: int, seed: int) -> nd
 
 
 # ---------------------------------------------------------------------------- views of images
-# Every image has its own random parameters, a row of u, uniform in [0, 1) and drawn on the CPU:
-# views are the same on every device. Images: uint8 [n, C, S, S], at most 2 levels from Pillow's.
+# Every image has its own row of random numbers u in [0, 1), drawn on the CPU: views are the same
+# on every device. Images: uint8 [n, C, S, S], at most 2 levels from Pillow's.
 
 
 def pick_pixels(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
