@@ -190,9 +190,10 @@ def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
     args = {name: row.get(name) if value is None else value for name, value in given.items()}
     ranges = {  # (lowest, highest): names
         (1, 2**32 - 1): "num_steps num_steps_stage1 batch_size uratio log_every eval_every",
-        (0, 2**32 - 1): "seed warmup_steps lr weight_decay lambda_u lambda_p sce_alpha sce_beta",
+        (0, 2**32 - 1): "seed lr weight_decay lambda_u lambda_p sce_alpha sce_beta",
         (0, 1): "tau tau_select tau_inner marginal_decay layer_decay",
         (0, 0.999999): "ema_decay",
+        (0, args["num_steps"]): "warmup_steps",
         (8, 2**16): "size",
     }
     for (low, high), names in ranges.items():
@@ -209,9 +210,8 @@ def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
 # Under torchrun every process computes its rows of the same batch and repeats everything else.
 # Without it PROCESSES is 1 and nothing touches torch.distributed.
 
-LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0
-PROCESSES = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, PROCESSES = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 def content_hash(content: bytes, size: int = 12) -> bytes:
@@ -385,8 +385,7 @@ def load_data(
 
 
 def load_digits() -> Data:
-    """scikit-learn's 1,797 handwritten digits, 8x8, stored as round(value * 255 / 16).
-    No split is published: a fixed permutation keeps 500 for test."""
+    """scikit-learn's 1,797 digits, 8x8, as round(value * 255 / 16); a fixed 500 are for test."""
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
@@ -555,8 +554,7 @@ def read_texts(path: Path, classes: list[str] | None = None) -> tuple[Split, lis
 
 
 def load_text_file(path: str, test_file: str | None) -> Data:
-    """Own texts (`read_texts`); without a test file, `held_out` rows are the test part.
-    Rows with a text of the test part are left out of training."""
+    """Own texts (`read_texts`); the test file's or `held_out` ones are left out of training."""
     train, classes = read_texts(Path(path))
     test = train.take(held_out(train.y, len(classes)))
     if test_file:
@@ -814,6 +812,7 @@ class Views:
         self.mean, self.std = statistics[..., None, None]  # [C, 1, 1]
         self.y, x = torch.tensor(split.y, device=device), torch.from_numpy(split.x)
         self.x = x.to(device) if x.nbytes <= 2**30 else x
+        self.batch = min(500, 16 + 2**21 // x[0].nbytes)  # of evaluation: few large pictures
 
     def __len__(self) -> int:
         return len(self.y)
@@ -850,10 +849,8 @@ class Views:
 
 
 def reason_of(error: Exception) -> str:
-    """An error's text on one line; without torch's advice to execute what a file holds."""
-    if "weights_only" in str(error):
-        return "damaged, or holds more than tensors and plain Python; nothing in it was executed"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """An error's text on one line; of torch.load not its advice to execute what a file holds."""
+    return " ".join(str(error).split())[:300].split("This file can still")[0] or repr(error)
 
 
 @contextmanager
@@ -903,7 +900,7 @@ class TextViews(Views):
         self.rows = [*map(torch.tensor, tokenizer(texts, truncation=True, **cut)["input_ids"])]
         self.num_aug = len(columns) - 1
         self.special = torch.tensor(tokenizer.all_special_ids, device=device)
-        self.mask_id = tokenizer.mask_token_id
+        self.mask_id, self.batch = tokenizer.mask_token_id, 64
         self.y, self.device = torch.tensor(split.y, device=device), device
 
     def plain(self, idx: Tensor) -> Tensor:
@@ -1089,7 +1086,6 @@ def build_student(
     return Student(encoder, num_classes, num_extra)
 
 
-BLOCK = r"(?m)^.*?\b(?:layers?|blocks|stages|features|encoder_layer)[._](\d+)\."  # in a name
 USB = "https://github.com/microsoft/Semi-supervised-learning/releases/download/v.0.0.0/"
 WEIGHTS = {
     "vit_small_patch2_32": USB + "vit_small_patch2_32_mlp_im_1k_32.pth",
@@ -1146,15 +1142,21 @@ def optimizer_of(
     student: nn.Module, kind: str, lr: float, weight_decay: float, layer_decay: float
 ) -> torch.optim.Optimizer:
     """AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9. No decay for 1-D tensors (biases,
-    norms), positions, class token. `lr_scale`, the factor of a group's learning rate, is 1 for the
-    heads, times layer_decay from each block to the one below it. What precedes the first block is
-    one more layer; what follows the last belongs to it. Source: ZM semilearn/nets/utils.py."""
-    named, layer, groups = dict(student.named_parameters()), 0, {}
-    top = max(map(int, re.findall(BLOCK, "\n".join(named))), default=-1) + 2
-    for name, p in named.items():
-        if block := re.match(BLOCK, name):
-            layer = int(block[1]) + 1
-        scale = layer_decay ** (top - layer) if name.startswith("encoder.") else 1.0
+    norms), positions, class token. `lr_scale`, a group's factor of the learning rate: 1 for heads,
+    times layer_decay from each block of the longest ModuleList (or Sequential) to the one below it
+    and to what precedes the first; what follows the last is as the last. Source: ZM nets/utils.py."""
+    kinds = nn.Sequential, nn.ModuleList
+    lists = [m for m in student.encoder.modules() if isinstance(m, kinds)]
+    blocks = max(lists, key=lambda m: (isinstance(m, nn.ModuleList), len(m)), default=())
+    layer, groups = 0, {}
+    layer_of = {p: at for at, block in enumerate(blocks, 1) for p in block.parameters()}
+    if layer_decay < 1:
+        print(f"layer decay {layer_decay} over {len(blocks)} blocks")
+        if len(blocks) < 2:
+            raise UserError("--layer-decay: found no list of blocks in the backbone; set it to 1")
+    for name, p in student.named_parameters():
+        layer = layer_of.get(p, layer)
+        scale = layer_decay ** (len(blocks) + 1 - layer) if name.startswith("encoder.") else 1.0
         plain = p.ndim <= 1 or re.search("cls_token|class_token|position_embeddings|pos_emb", name)
         decay = 0.0 if plain else weight_decay
         group = {"params": [], "weight_decay": decay, "lr": lr, "lr_scale": scale}
@@ -1180,10 +1182,10 @@ def average_of(student: nn.Module, decay: float) -> AveragedModel:
 def predict(student: nn.Module, views: Views, autocast=nullcontext, extra: Any = None) -> Tensor:
     """Class probabilities [N, K] float32 of the main head on all plain views, on the CPU."""
     student.eval()
-    order, batch, probs = torch.arange(len(views)), 500, []
+    order, probs = torch.arange(len(views)), []
     if isinstance(views, TextViews):  # short rows first, for batches with little padding
-        order, batch = torch.tensor([len(views.rows[i]) for i in order]).argsort(stable=True), 64
-    for idx in order.split(batch):
+        order = torch.tensor([len(views.rows[i]) for i in order]).argsort(stable=True)
+    for idx in order.split(views.batch):
         with autocast():
             logits, _, _ = student(views.plain(idx), None if extra is None else extra[idx])
         probs.append(logits.float().softmax(dim=1).cpu())
@@ -1243,8 +1245,9 @@ class Run:
         self.start = self.saved = self.stage_start = time.perf_counter()
         self.steps, self.signal = 0, 0
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.note_signal)
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    signal.signal(number, self.note_signal)
 
     def note_signal(self, number: int, frame: Any) -> None:
         self.signal = number
@@ -1464,8 +1467,7 @@ def resumed(args_type: type, folder: str) -> Any:
         saved = args_type(**saved | {"resume": folder})
     args = tyro.cli(args_type, default=saved)
     for name in vars(saved).keys() - {"data_dir", "runs_dir", "device"}:
-        was, now = getattr(saved, name), getattr(args, name)
-        if was != now:
+        if (now := getattr(args, name)) != (was := getattr(saved, name)):
             flag = f"--{name.replace('_', '-')} {now}"
             raise UserError(f"{flag}: the run has {was}; leave the flag out or start a new run")
     return args

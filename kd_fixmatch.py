@@ -368,7 +368,7 @@ def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tens
     Monitoring: trusted.json, {set: [its size, percent of its labels that are right or null]}."""
     outer.eval()
     rows = []
-    for idx in torch.arange(len(train)).split(500):
+    for idx in torch.arange(len(train)).split(train.batch):
         with torch.no_grad(), run.autocast():
             logits, _, features = outer(train.plain(idx))
         rows.append((logits.float().softmax(dim=1), features.float()))

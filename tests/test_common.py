@@ -148,7 +148,7 @@ def test_averaged_weights_follow_the_formula_with_batch_statistics(decay):
 
 
 def test_optimizers_are_nesterovs_and_adamw():
-    net = nn.Sequential(nn.Linear(3, 2))
+    net = common.Student(common.SmallCNN(1, 8), 2)
     sgd, adamw = (common.optimizer_of(net, name, 0.1, 0.01, 1) for name in ("sgd", "adamw"))
     assert type(sgd) is torch.optim.SGD and sgd.defaults["momentum"] == 0.9
     assert sgd.defaults["nesterov"] and type(adamw) is torch.optim.AdamW

@@ -217,7 +217,7 @@ class Pool:
     """In place of Views: the plain view of an example is its number."""
 
     def __init__(self, y):
-        self.y = torch.tensor(y)
+        self.y, self.batch = torch.tensor(y), 500
 
     def __len__(self):
         return len(self.y)
@@ -378,7 +378,7 @@ def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, monkeypatc
 
     monkeypatch.setattr(kd, "select_trusted", trusted)
     own = {"tau": 0.14, "tau_inner": 0.15, "unsup_loss": "mae", "lambda_u": 0.7, "uratio": 4}
-    folder, _ = go(tmp_path, num_steps=1, log_every=1, **own)
+    folder, _ = go(tmp_path, num_steps=1, log_every=1, warmup_steps=0, **own)
     data, views = common.load_data("digits", "data"), digits_views()
     drawn = common.draw_labeled(data.train.y, 40, 10, 0)
     for stage, name, tau in ((1, "weights", 0.14), (3, "inner weights", 0.15)):
