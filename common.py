@@ -1143,10 +1143,9 @@ def optimizer_of(
 ) -> torch.optim.Optimizer:
     """AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9. No decay for 1-D tensors (biases,
     norms), positions, class token. `lr_scale`, a group's factor of the learning rate: 1 for heads,
-    times layer_decay from each block of the longest ModuleList (or Sequential) to the one below it
-    and to what precedes the first; what follows the last is as the last. Source: ZM nets/utils.py."""
-    kinds = nn.Sequential, nn.ModuleList
-    lists = [m for m in student.encoder.modules() if isinstance(m, kinds)]
+    times layer_decay from each block of the longest ModuleList (else Sequential) to the one below
+    it and to what precedes the first; what follows is as the last. Source: ZM nets/utils.py."""
+    lists = [m for m in student.encoder.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
     blocks = max(lists, key=lambda m: (isinstance(m, nn.ModuleList), len(m)), default=())
     layer, groups = 0, {}
     layer_of = {p: at for at, block in enumerate(blocks, 1) for p in block.parameters()}
@@ -1256,8 +1255,7 @@ class Run:
     def describe(
         self, data: Data, labeled: ndarray, measured: str, y_zs: ndarray | None = None
     ) -> None:
-        """Print what will be done with what; write the positions of labeled examples.
-        measured: see `measured_part`. y_zs [N]: the teacher's labels, -1 = abstained."""
+        """Print the plan, write the labeled positions. y_zs [N]: the teacher's labels, -1: none."""
         self.measured, self.classes, y_lb = measured, data.classes, data.train.y[labeled]
         self.counts = np.bincount(y_lb, minlength=len(self.classes))
         given = (f"{name} {value}" for name, value in self.args.items() if value is not None)

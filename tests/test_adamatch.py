@@ -91,7 +91,8 @@ def test_every_variant_runs_differs_from_adamatch_and_resumes_exactly(
 @pytest.mark.parametrize("variant", ["usb", "paper"])
 def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, variant):
     """One step, its losses and running statistics recomputed from the same weights and views."""
-    own = {"num_steps": 1, "log_every": 1, "uratio": 4, "tau": 0.8, "variant": variant}
+    own = {"num_steps": 1, "warmup_steps": 0, "log_every": 1, "uratio": 4, "tau": 0.8}
+    own["variant"] = variant
     run, paper = go(tmp_path, **own), variant == "paper"
     data, views = common.load_data("digits", "data"), digits_views()
     drawn = torch.from_numpy(common.draw_labeled(data.train.y, 10, 10, 0))

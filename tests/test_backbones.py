@@ -9,6 +9,7 @@ import pytest
 import test_images
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import save_file
 from test_images import url_of, web  # noqa: F401  (a fixture)
 from torch import Tensor, nn
@@ -298,3 +299,31 @@ def test_two_steps_of_published_sets(monkeypatch, web, dataset, backbone, num_la
     student, config = common.load_student(next(root.glob("runs/*/student")))
     assert config["backbone"] == backbone and len(config["classes"]) == num_labels
     assert all(p.isfinite().all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "XLM", "Albert"])
+def test_layer_decay_finds_blocks_of_any_name_or_is_refused(kind, capsys):
+    sizes = {"GPT2": dict(n_embd=8, n_head=2, n_layer=3, vocab_size=9)}
+    sizes["XLM"] = dict(emb_dim=8, n_heads=2, n_layers=3, vocab_size=9)
+    sizes["Albert"] = dict(hidden_size=8, embedding_size=4, num_attention_heads=2, vocab_size=9)
+    encoder = getattr(transformers, f"{kind}Model")(
+        getattr(transformers, f"{kind}Config")(**sizes[kind])
+    )
+    encoder.num_features = 8
+    student = common.Student(encoder, 2)
+    if kind == "Albert":  # one block, used again and again
+        with pytest.raises(UserError, match="--layer-decay: found no list of blocks"):
+            optimizer_of(student, "sgd", 1.0, 0.1, 0.5)
+        return
+    groups = optimizer_of(student, "sgd", 1.0, 0.1, 0.5).param_groups
+    assert {group["lr_scale"] for group in groups} == {1, 0.5, 0.25, 0.125, 0.0625}
+    assert "over 3 blocks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side, batch", [(8, 500), (32, 500), (96, 91), (256, 26)])
+def test_evaluation_takes_few_large_pictures_at_a_time(side, batch):
+    x = np.zeros((1, 1 if side == 8 else 3, side, side), np.uint8)
+    split = common.Split(x, np.zeros(1, np.int64))
+    preset = common.preset_of("cifar10")._replace(size=side)
+    views = common.Views(split, preset, torch.device("cpu"))
+    assert views.batch == batch

@@ -503,6 +503,7 @@ def test_a_confidence_that_just_reaches_the_threshold_is_enough(tmp_path, monkey
 
     own = {zm: {"stages": "2", "pseudolabels": "given"}, am: {}, kd: {"outer_only": True}}[script]
     own |= {"tau": 0.25 if script is kd else 1.0, "num_steps": 1, "eval_every": 1}
+    own["warmup_steps"] = 1
     monkeypatch.setattr(script, "build_student", flat)
     script.main(script.Args(**COMMON | own))
     assert run.steps[2 if script is zm else 1][0]["mask_rate"] == 1
