@@ -102,11 +102,11 @@ class Preset(NamedTuple):
 
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-DIGITS = Preset(  # the recipe was chosen with 10 labels, seeds 100-109
-    backbone="cnn", size=8, pad=1, flip=0, mean=(0.305,), std=(0.376,), optimizer="sgd", lr=0.1,
-    weight_decay=1e-3, layer_decay=1.0, uratio=4, num_steps_stage1=400, num_steps=800,
-    warmup_steps=40, ema_decay=0.99, marginal_decay=0.99, eval_every=40, num_labels=10,
-)  # fmt: skip
+CNN = {  # small images on a CPU: chosen on digits with 10 labels, seeds 100-109
+    "backbone": "cnn", "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-3, "layer_decay": 1.0,
+    "uratio": 4, "num_steps_stage1": 600, "num_steps": 1400, "warmup_steps": 60,
+    "ema_decay": 0.99, "marginal_decay": 0.99, "eval_every": 70,
+}  # fmt: skip
 FLOWERS102 = Preset(  # ZM config/usb_cv_framed_paper, for resisc45 too
     backbone="vit_small_patch16_224", size=224, pad=0, **IMAGENET, lr=1e-4, layer_decay=0.65,
     num_steps_stage1=102_400, num_steps=102_400, warmup_steps=2_560, eval_every=1_024,
@@ -121,10 +121,9 @@ CLASSIC = {  # wrn_28_2 for a ViT: FixMatch (CIFAR-100: WRN-28-8), USB classic_c
     "ema_decay": 0.999, "eval_every": 5_120,
 }  # fmt: skip
 PRESETS = {
-    "digits": DIGITS,
-    "fashion_mnist": DIGITS._replace(
-        size=28, pad=3, flip=1, mean=(0.286,), std=(0.353,), num_steps_stage1=600, num_steps=1400,
-        warmup_steps=60, eval_every=70, num_labels=100),
+    "digits": Preset(**CNN | {"num_steps_stage1": 400, "num_steps": 800, "warmup_steps": 40,
+        "eval_every": 40}, size=8, pad=1, flip=0, mean=(0.305,), std=(0.376,), num_labels=10),
+    "fashion_mnist": Preset(**CNN, size=28, pad=3, mean=(0.286,), std=(0.353,), num_labels=100),
     "cifar10": Preset(**IMAGENET, num_labels=40),
     "cifar100": Preset(num_labels=100),
     "svhn": Preset(  # C6
@@ -149,19 +148,20 @@ SHORT = {  # own data
 }  # fmt: skip
 OWN = {
     "texts": AG_NEWS._replace(batch_size=8, uratio=2, **SHORT),
-    "pictures": PRESETS["fashion_mnist"]._replace(size=32, pad=4, **IMAGENET, num_labels=0),
+    "pictures": Preset(**CNN, **IMAGENET),
     "photos": FLOWERS102._replace(**SHORT),
 }
 
 
 def preset_of(dataset: str, backbone: str | None = None, size: int | None = None) -> Preset:
-    """The recipe of a data set; for --backbone wrn_28_2 in place of a ViT, the classic one. Own
-    data, seen at `size`: pictures for a laptop, with larger backbones for a GPU; texts."""
+    """The recipe of a data set; for --backbone cnn or wrn_28_2 in place of a ViT, theirs. Own data,
+    seen at `size`: pictures for a laptop, with larger backbones for a GPU; texts."""
     if dataset in PRESETS:
         preset = PRESETS[dataset]
+        if backbone == "cnn" and preset.backbone.startswith("vit"):
+            preset = preset._replace(**CNN)
         if backbone == "wrn_28_2" and preset.backbone.startswith("vit"):
-            decay = 1e-3 if dataset == "cifar100" else 5e-4
-            preset = preset._replace(**CLASSIC, weight_decay=decay)
+            preset = preset._replace(**CLASSIC, weight_decay=1e-3 if dataset == "cifar100" else 5e-4)
         if size not in (None, preset.size):
             raise UserError(f"--size goes with own data; {dataset} has {preset.size}")
         return preset
@@ -1449,7 +1449,7 @@ def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (folder / "encoder").exists():
             config["backbone"] = str(folder / "encoder")
-        preset = DIGITS._replace(**{name: config[name] for name in ("size", "mean", "std")})
+        preset = Preset(**{name: config[name] for name in ("size", "mean", "std")})
         num_classes = len(config["classes"])
         student = build_student(config["backbone"], preset, num_classes, config["num_extra"])
         student.load_state_dict(load_file(folder / "model.safetensors"))

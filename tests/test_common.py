@@ -42,6 +42,14 @@ def test_the_wrn_brings_its_classic_recipe():
     assert preset_of("digits", "wrn_28_2") == DIGITS  # its short recipe is made for two cores
 
 
+def test_the_small_cnn_brings_its_recipe_to_published_images():
+    row, own = preset_of("cifar10", "cnn"), preset_of("fashion_mnist")
+    assert (row.optimizer, row.lr, row.layer_decay, row.num_steps) == ("sgd", 0.1, 1, 1400)
+    assert row == own._replace(**{name: getattr(row, name) for name in
+                                  ("size", "pad", "flip", "mean", "std", "num_labels")})  # fmt: skip
+    assert row.mean == preset_of("cifar10").mean and row.num_labels == 40
+
+
 GIVEN = dict.fromkeys(("num_steps", "num_steps_stage1", "warmup_steps", "eval_every"))
 GIVEN |= {"batch_size": None, "lr": None, "seed": 0, "num_labels": None, "tau": 0.95}
 
