@@ -161,7 +161,7 @@ def preset_of(dataset: str, backbone: str | None = None, size: int | None = None
         if backbone == "cnn" and preset.backbone.startswith("vit"):
             preset = preset._replace(**CNN)
         if backbone == "wrn_28_2" and preset.backbone.startswith("vit"):
-            preset = preset._replace(**CLASSIC, weight_decay=1e-3 if dataset == "cifar100" else 5e-4)
+            preset = preset._replace(**CLASSIC, weight_decay={"cifar100": 1e-3}.get(dataset, 5e-4))
         if size not in (None, preset.size):
             raise UserError(f"--size goes with own data; {dataset} has {preset.size}")
         return preset

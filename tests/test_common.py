@@ -45,8 +45,8 @@ def test_the_wrn_brings_its_classic_recipe():
 def test_the_small_cnn_brings_its_recipe_to_published_images():
     row, own = preset_of("cifar10", "cnn"), preset_of("fashion_mnist")
     assert (row.optimizer, row.lr, row.layer_decay, row.num_steps) == ("sgd", 0.1, 1, 1400)
-    assert row == own._replace(**{name: getattr(row, name) for name in
-                                  ("size", "pad", "flip", "mean", "std", "num_labels")})  # fmt: skip
+    seen = {name: getattr(row, name) for name in "size pad flip mean std num_labels".split()}
+    assert row == own._replace(**seen)
     assert row.mean == preset_of("cifar10").mean and row.num_labels == 40
 
 
