@@ -26,7 +26,7 @@ The averaged weights are evaluated (ViT, BERT: the trained ones); reported is th
     logit interpolation  none                             labeled batch alone and jointly, below
     p_lb                 running average from uniform     the same, decay 0.999
     p_ulb                running average from batch 1     mean of 128 batch means, first all uniform
-    u_weight             lambda_u                         half cosines: 0, 1 at T / 2, lambda_u
+    u_weight             lambda_u                         0, 1 at T/2, lambda_u: half cosines
     --tau                0.95                             0.9
 
 The default is stage 2 of zeromatch.py without the teacher, with identical hyper-parameters, to be
@@ -87,9 +87,9 @@ class Args:
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int | None = None
-    """Labeled examples, equally many of each class; 0: all. Unset: the preset's; own data: all."""
+    """Labeled examples, the same number per class; 0: all. Unset: the preset's; own data: all."""
     size: int | None = None
-    """Side in pixels of own pictures as the network sees them; of own texts, most tokens a row."""
+    """Own pictures: the side in pixels the network sees. Own texts: maximum tokens per row."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     pseudolabels: str | None = None
@@ -105,7 +105,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: the accelerator, if there is one."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of forward passes; losses are float32. auto: bf16 where it is native and faster."""
+    """Precision of forward passes; losses are float32. auto: bf16 on GPUs that support it."""
     compile: bool = False
     """torch.compile the student: a slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
@@ -355,6 +355,8 @@ def main(args: Args) -> dict[str, Any]:
     own = {"tau": 0.9, "marginal_decay": 0.999} if args.variant == "paper" else {"tau": 0.95}
     unset = {name: value for name, value in own.items() if getattr(args, name) is None}
     args = Args(**resolve(vars(args) | unset, preset))
+    if args.variant not in ("usb", "paper"):
+        raise UserError(f"--variant {args.variant}: from an older version; start a new run")
     if (args.pseudolabels or args.pseudolabels_test) and not args.feature_input:
         raise UserError("--pseudolabels goes with --feature-input only: AdaMatch has no teacher")
     device, dtype = setup_device(args.device, args.amp, args.backbone)
@@ -379,7 +381,7 @@ def main(args: Args) -> dict[str, Any]:
     run.describe(data, labeled, measured)
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
-    train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
+    train.y[labeled] = -1  # monitor pseudo-labels on hidden labels only
     one_hot = torch.eye(K + 1, K, device=device)  # the last row, all zero: the teacher abstained
     onehot_zs = [None if labels is None else one_hot[labels] for labels in zero_shot]
 

@@ -3,19 +3,18 @@
 What a paper defines is in that paper's script. Functions take values, never the scripts' `Args`.
 
 Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
-  C1  Batches are slices of endless seeded permutations: every example comes once a pass. ZM cuts an
+  C1  Batches are slices of endless seeded permutations, each example once per pass. ZM cuts an
       "epoch" of 1,024 steps from a permutation seeded by the epoch number alone.
   C2  Cutout: the center is uniform over the image, the box is clipped on all sides. ZM draws the
       center from U(1, width); its boxes at the left and top edge are one pixel wider.
-  C3  Kept as published: enhancement factors reach only 0.05-0.95 (images get duller, never more
-      vivid), and each of the three operations is always applied.
+  C3  As published: enhancement factors are 0.05-0.95 (duller only); all three operations apply.
   C4  Gray images stay gray: Color leaves them alone, Cutout fills with its color's luminance.
   C5  WRN-28-2: each block's first norm feeds its first convolution. In ZM's copy, those at the head
       of groups 2 and 3 feed nothing; its stem has a bias, its last norm eps 0.001, its head Xavier.
   C6  SVHN is not mirrored (ZM mirrors digits). EuroSAT is also turned upside down, as published.
-  C7  Several CPU processes have batch statistics of their own; all crop borderless images alike.
-  C8  The decay of averaged weights and batch statistics grows to the published one, for short runs.
-      WRN's batch norms have momentum 0.1 (ZM: 0.001); the average makes up for it with 0.999.
+  C7  Each CPU process has its own batch statistics; all draw the same crops of unpadded images.
+  C8  The decay of averaged weights and statistics ramps up to its published value, for short runs.
+      WRN's batch norms have momentum 0.1 (ZM: 0.001); averaging with 0.999 compensates.
   T1  Text features are the mean over a row's own tokens. ZM's mean includes the padding, so that a
       prediction depends on the longest row of its batch.
   T2  A text is title, space, body, with escaped newlines decoded. ZM joins them without the space,
@@ -142,7 +141,7 @@ PRESETS = {
     "yahoo_answers": AG_NEWS._replace(lr=1e-4, num_labels=250),
     "amazon_review": AG_NEWS._replace(lr=1e-5, layer_decay=0.75, num_labels=250),
 }  # fmt: skip
-SHORT = {  # own data
+SHORT = {  # own texts, photos
     "num_steps_stage1": 1000, "num_steps": 2000, "warmup_steps": 100, "marginal_decay": 0.99,
     "eval_every": 100, "num_labels": 0,
 }  # fmt: skip
@@ -154,8 +153,8 @@ OWN = {
 
 
 def preset_of(dataset: str, backbone: str | None = None, size: int | None = None) -> Preset:
-    """The recipe of a data set; for --backbone cnn or wrn_28_2 in place of a ViT, theirs. Own data,
-    seen at `size`: pictures for a laptop, with larger backbones for a GPU; texts."""
+    """A data set's recipe; that of cnn or wrn_28_2 where one replaces a ViT. Own data, at `size`:
+    pictures (laptop), photos (larger backbones, GPU) or texts. Raises UserError."""
     if dataset in PRESETS:
         preset = PRESETS[dataset]
         if backbone == "cnn" and preset.backbone.startswith("vit"):
@@ -163,7 +162,7 @@ def preset_of(dataset: str, backbone: str | None = None, size: int | None = None
         if backbone == "wrn_28_2" and preset.backbone.startswith("vit"):
             preset = preset._replace(**CLASSIC, weight_decay={"cifar100": 1e-3}.get(dataset, 5e-4))
         if size not in (None, preset.size):
-            raise UserError(f"--size goes with own data; {dataset} has {preset.size}")
+            raise UserError(f"--size is for own data; {dataset} uses {preset.size}")
         return preset
     if dataset.endswith((".csv", ".jsonl")):
         preset = OWN["texts"]
@@ -177,6 +176,7 @@ def preset_of(dataset: str, backbone: str | None = None, size: int | None = None
         preset = OWN["pictures"]._replace(lr=0.03, weight_decay=5e-4)
     else:
         preset = OWN["photos"]._replace(size=32 if backbone == "vit_small_patch2_32" else 224)
+        preset = preset._replace(ema_decay=0.999 if backbone == "efficientnet_b0" else 0.0)
     size = size or preset.size
     return preset._replace(size=size, pad=size // 8 if preset.mean and size < 128 else 0)
 
@@ -188,15 +188,15 @@ def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
     for name, least in (("num_steps_stage1", 1), ("warmup_steps", 0), ("eval_every", 10)):
         row[name] = max(least, round(row[name] * factor))
     args = {name: row.get(name) if value is None else value for name, value in given.items()}
-    ranges = {  # (lowest, highest): names
-        (1, 2**32 - 1): "num_steps num_steps_stage1 batch_size uratio log_every eval_every",
-        (0, 2**32 - 1): "seed lr weight_decay lambda_u lambda_p sce_alpha sce_beta",
-        (0, 1): "tau tau_select tau_inner marginal_decay layer_decay",
-        (0, 0.999999): "ema_decay",
-        (0, args["num_steps"]): "warmup_steps",
-        (8, 2**16): "size",
+    ranges = {  # names: (lowest, highest)
+        "num_steps num_steps_stage1 batch_size uratio log_every eval_every": (1, 2**32 - 1),
+        "seed lr weight_decay lambda_u lambda_p sce_alpha sce_beta": (0, 2**32 - 1),
+        "tau tau_select tau_inner marginal_decay layer_decay": (0, 1),
+        "ema_decay": (0, 0.999999),
+        "warmup_steps": (0, min(args["num_steps"], args.get("num_steps_stage1", 2**32))),
+        "size": (8, 2**16),
     }
-    for (low, high), names in ranges.items():
+    for names, (low, high) in ranges.items():
         for name in args.keys() & names.split():
             if not low <= args[name] <= high:  # also refuses NaN
                 flag = name.replace("_", "-")
@@ -290,7 +290,7 @@ def data_parallel(student: nn.Module) -> nn.Module:
 
 def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, torch.dtype | None]:
     """(device, autocast dtype or None) for --device auto|cpu|cuda|mps, --amp auto|bf16|fp16|off.
-    auto takes the accelerator, and bfloat16 and TF32 where a GPU has them."""
+    auto: the accelerator; bfloat16 and TF32 where a GPU supports them."""
     found, native = "cpu", False
     if torch.accelerator.is_available():
         found = torch.accelerator.current_accelerator().type
@@ -300,10 +300,10 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
     if device == "cpu" and amp == "fp16":
         raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     if device == "cpu" and backbone == "cnn" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # several would wait for one another at every small step
+        torch.set_num_threads(1)  # with more, threads wait for each other at each step
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark = True  # resume is bit-exact on CPUs only
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, amp != "off"
         torch.set_float32_matmul_precision("highest" if amp == "off" else "high")
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     amp = "bf16" if amp == "auto" and native else amp
@@ -554,7 +554,7 @@ def read_texts(path: Path, classes: list[str] | None = None) -> tuple[Split, lis
 
 
 def load_text_file(path: str, test_file: str | None) -> Data:
-    """Own texts (`read_texts`); the test file's or `held_out` ones are left out of training."""
+    """Own texts (`read_texts`); training is without those of the test file or `held_out`."""
     train, classes = read_texts(Path(path))
     test = train.take(held_out(train.y, len(classes)))
     if test_file:
@@ -590,7 +590,7 @@ def load_folder(folder: Path, data_dir: str, preset: Preset) -> Data:
     wrong -= {classes[y] for _, y in train}
     if len(classes) < 2 or wrong:
         expected = "pictures in at least two folders train/<class>/, no others in test/"
-        found = f"found {len(classes)}, wrong: {sorted(wrong)}"
+        found = f"found {len(classes)}, empty or unknown: {sorted(wrong)}"
         raise UserError(f"--dataset {folder}: expected {expected}; {found}")
     held = held_out(np.array([y for _, y in train]), len(classes))
     test = test or [train[i] for i in np.flatnonzero(held)]
@@ -623,7 +623,7 @@ def decode(files: list, store: str, preset: Preset, part: str, test_keys: Any = 
     if done != recipe:
         keys, copies = [], set(test_keys)
         os.makedirs(path.parent, exist_ok=True)
-        with ThreadPool() as pool, open(path.with_suffix(".tmp"), "wb") as to:
+        with ThreadPool() as pool, open(path.with_suffix(f".{os.getpid()}"), "wb") as to:
             decoded = pool.imap(lambda name: decode_one(name, side, shape), names)
             for pixels, key in tqdm(decoded, f"decoding {part}", len(names), disable=None):
                 to.write(b"" if key in copies else pixels)
@@ -669,7 +669,8 @@ def measured_part(data: Data) -> tuple[Split, str]:
     to 2,000 of the labeled training examples and "labeled_acc"."""
     if data.test is not None:
         return data.test, "test_acc"
-    return data.train.take(np.flatnonzero(data.train.y >= 0)[:2000]), "labeled_acc"
+    labeled = RandomState(0).permutation(np.flatnonzero(data.train.y >= 0))[:2000]
+    return data.train.take(labeled), "labeled_acc"
 
 
 def share_right(right: int, total: int) -> str:
@@ -729,8 +730,7 @@ def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tenso
 
 
 def enhance(operation: Callable[..., Tensor], x: Tensor, v: Tensor) -> Tensor:
-    """v * image + (1 - v) * what torchvision's operation makes of it at factor 0 (black, gray, its
-    mean, or smooth), cut to integers."""
+    """v * image + (1 - v) * torchvision's result at factor 0 (black, gray, mean gray, smoothed)."""
     base = operation(x, 0.0).float()
     return (x.float() - base).mul_(v).add_(base).short().byte()
 
@@ -812,7 +812,7 @@ class Views:
         self.mean, self.std = statistics[..., None, None]  # [C, 1, 1]
         self.y, x = torch.tensor(split.y, device=device), torch.from_numpy(split.x)
         self.x = x.to(device) if x.nbytes <= 2**30 else x
-        self.batch = min(500, 16 + 2**21 // x[0].nbytes)  # of evaluation: few large pictures
+        self.batch = min(500, 16 + 2**21 // x[0].nbytes)  # evaluation; fewer large pictures
 
     def __len__(self) -> int:
         return len(self.y)
@@ -849,7 +849,7 @@ class Views:
 
 
 def reason_of(error: Exception) -> str:
-    """An error's text on one line; of torch.load not its advice to execute what a file holds."""
+    """An error's text on one line, without torch.load's advice to execute the file's content."""
     return " ".join(str(error).split())[:300].split("This file can still")[0] or repr(error)
 
 
@@ -1143,16 +1143,16 @@ def optimizer_of(
 ) -> torch.optim.Optimizer:
     """AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9. No decay for 1-D tensors (biases,
     norms), positions, class token. `lr_scale`, a group's factor of the learning rate: 1 for heads,
-    times layer_decay from each block of the longest ModuleList (else Sequential) to the one below
-    it and to what precedes the first; what follows is as the last. Source: ZM nets/utils.py."""
+    times layer_decay from each block of the largest ModuleList (else Sequential) to the one below
+    it and to what precedes the first; what follows joins the last. Source: ZM nets/utils.py."""
     lists = [m for m in student.encoder.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
-    blocks = max(lists, key=lambda m: (isinstance(m, nn.ModuleList), len(m)), default=())
+    blocks = max(lists, key=lambda m: (type(m) is nn.ModuleList, len(m.state_dict())), default=())
     layer, groups = 0, {}
     layer_of = {p: at for at, block in enumerate(blocks, 1) for p in block.parameters()}
     if layer_decay < 1:
         print(f"layer decay {layer_decay} over {len(blocks)} blocks")
         if len(blocks) < 2:
-            raise UserError("--layer-decay: found no list of blocks in the backbone; set it to 1")
+            raise UserError("--layer-decay: this backbone has no list of blocks; set it to 1")
     for name, p in student.named_parameters():
         layer = layer_of.get(p, layer)
         scale = layer_decay ** (len(blocks) + 1 - layer) if name.startswith("encoder.") else 1.0
@@ -1167,14 +1167,15 @@ def optimizer_of(
 
 def average_of(student: nn.Module, decay: float) -> AveragedModel:
     """`.module`: weights <- d * weights + (1 - d) * student's, batch statistics included, where
-    d = min(decay, (1 + t) / (10 + t)) after t updates: early averages are short.  # C8
+    d = min(decay, (1 + t) / (10 + t)) after t updates: short averages at first.  # C8
     The first update copies; with decay 0 every update does."""
 
-    def update(averaged: list[Tensor], current: list[Tensor], t: Tensor) -> None:
-        now = min(decay, (1 + t.item()) / (10 + t.item()))  # t stays on the CPU
-        get_ema_multi_avg_fn(now)(averaged, current, t)
+    def update(averaged: list[Tensor], current: list[Tensor], on_device: Tensor) -> None:
+        t = average.n_averaged.item()  # on the CPU: no GPU waits
+        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averaged, current, on_device)
 
-    return AveragedModel(student, multi_avg_fn=update, use_buffers=True)
+    average = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
+    return average
 
 
 @torch.no_grad()
@@ -1203,9 +1204,8 @@ def pseudo_label_accuracy(label: Tensor, mask: Tensor, y_true: Tensor) -> dict[s
 
 
 class Run:
-    """One folder `runs/<name>-<time>/`: arguments, metrics, checkpoint, result, student.
-    Scalars stay tensors until a line is printed, so that no step waits for them. `save` answers
-    SIGINT and SIGTERM between two steps."""
+    """A folder `runs/<name>-<time>/`: arguments, metrics, checkpoint, result, student. Scalars stay
+    tensors until a line is printed: no step waits. `save` answers signals between two steps."""
 
     def __init__(self, name: str, args: dict[str, Any], device: torch.device, dtype: Any) -> None:
         """A new folder in args["runs_dir"], or that of the run which args["resume"] continues."""
@@ -1250,7 +1250,7 @@ class Run:
 
     def note_signal(self, number: int, frame: Any) -> None:
         self.signal = number
-        signal.signal(number, signal.default_int_handler)  # the next one does not wait for a step
+        signal.signal(number, signal.default_int_handler)  # a second signal stops at once
 
     def describe(
         self, data: Data, labeled: ndarray, measured: str, y_zs: ndarray | None = None
@@ -1290,7 +1290,7 @@ class Run:
         self, stage: int, step: int, num_steps: int, line: str, **values: Tensor | float
     ) -> None:
         """Keep one step's scalars; every --log-every steps write their means and print `line`.
-        A mean leaves out NaN (a rate without a case). Raises UserError if a loss is not finite."""
+        Means skip NaN (rates without cases). Raises UserError if a loss is not finite."""
         for name, value in values.items():
             self.pending.setdefault(name, []).append(torch.as_tensor(value).detach())
         self.steps += 1
@@ -1394,9 +1394,9 @@ class Run:
         for name, acc in lines.items():
             print(f"  {name:34} {'unknown' if acc is None else f'{acc:.2f} %'}")
         if (lines[name] or 0) < max(acc or 0 for acc in lines.values()):
-            print("The last is not the best: try more --num-steps, a lower --lr, more --num-labels")
+            print("Not the best of these: try more --num-steps, a lower --lr, more --num-labels")
         for k in self.missing:
-            print(f"never predicted: {self.classes[k]}, which has {self.counts[k]} labels")
+            print(f"never predicted: {self.classes[k]} ({self.counts[k]} labels)")
         student = f"{self.folder}/student"
         print(f"Label new data with the student, or load it in Python:\n  python pseudolabel.py "
               f"--teacher student --student {student} --dataset NEW --csv answers.csv\n  "
@@ -1494,7 +1494,7 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
         how = f"training by --resume {(*stop.args, 'FOLDER')[0]}, labeling by the same command"
         print(f"{script}: stopped; continue {how}", file=sys.stderr)
         code = 130
-    if PROCESSES > 1:  # the threads of a process group sometimes abort a Python that ends
+    if PROCESSES > 1:  # process-group threads sometimes abort Python at exit
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -43,15 +43,15 @@ The inner network's averaged weights predict; reported is the last evaluation, n
 
 The abstract specifies the stages, the fresh network, two filters; summaries by others specify tau,
 tau_select, DEC on the features before the head, Heuristic 1, SCE's weights. The rest is our choice:
-  A1  T_u enters through loss_u's target, each example with the same weight, and stays in the pool.
+  A1  T_u only supplies targets of loss_u, equally weighted; its examples stay in the pool.
   A2  tau_inner is 0.95, on the trained (not averaged) network's weak view of the same pass.
   A3  The outer network's averaged weights label plain views, those of labeled examples too.
   A4  DEC's encoder is a square linear map of the features, started as the identity (published: an
       auto-encoder). Features are divided by their RMS distance to the mean: the kernel has scale 1.
-  A5  k-means starts one cluster per surviving class and sees no label. The clusters are named last,
-      one to one, so that most labels agree. Below two classes there is no second filter.
-  A6  DEC takes full-batch SGD steps, each towards its own target; gradients are small, the rate is
-      large: a tenth of the largest (of 1, 3, 10, ...) whose loss only falls once it has peaked.
+  A5  k-means places one cluster per surviving class and sees no label. Clusters are matched to
+      classes at the end, one to one, for most agreement. One class: no second filter.
+  A6  DEC takes full-batch SGD steps, each towards its own target; gradients are small, so the rate
+      is large: a tenth of the largest (1, 3, 10, ...) at which the loss peaks once, then falls.
       Published (arXiv:1511.06335, XifengGuo/DEC-keras): batches, new targets every 140 steps, 0.01.
 """
 
@@ -83,9 +83,9 @@ class Args:
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int | None = None
-    """Labeled examples, equally many of each class; 0: all. Unset: the preset's; own data: all."""
+    """Labeled examples, the same number per class; 0: all. Unset: the preset's; own data: all."""
     size: int | None = None
-    """Side in pixels of own pictures as the network sees them; of own texts, most tokens a row."""
+    """Own pictures: the side in pixels the network sees. Own texts: maximum tokens per row."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     data_dir: str = "data"
@@ -97,7 +97,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: the accelerator, if there is one."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of forward passes; losses are float32. auto: bf16 where it is native and faster."""
+    """Precision of forward passes; losses are float32. auto: bf16 on GPUs that support it."""
     compile: bool = False
     """torch.compile the student: a slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
@@ -180,7 +180,7 @@ def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -
     return (F.cross_entropy(logits_ulb_s, pseudo_label, reduction="none") * mask).mean()
 
 
-DEC_STEPS, DEC_LR = 200, 3.0  # A6; 100 to 500 steps and rates of 1 to 10 hardly differ
+DEC_STEPS, DEC_LR = 200, 3.0  # A6; results hardly change for 100-500 steps, rates 1-10
 
 
 def soft_assignment(z: Tensor, centroids: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ LINE = (
 def cluster_dec(features: Tensor, label: Tensor, outer: nn.Module, args: Args, run: Run) -> Tensor:
     """Deep embedded clustering: the class of each row's cluster. [n, D], [n] int64 -> [n] int64.
 
-    kmeans: the start alone. `outer` goes into the checkpoint: a resumed run needs its features."""
+    kmeans: only the start. The checkpoint keeps `outer`: resuming needs its features."""
     from sklearn.cluster import KMeans
 
     features = features - features.mean(dim=0)
@@ -352,7 +352,7 @@ def cluster_dec(features: Tensor, label: Tensor, outer: nn.Module, args: Args, r
 
 
 def class_of(cluster: Tensor, label: Tensor) -> Tensor:
-    """Each row's cluster as a class, one to one so that most rows agree. [n], [n] int64 -> [n]."""
+    """The class of each row's cluster, matched one to one. [n] int64, [n] int64 -> [n] int64."""
     from scipy.optimize import linear_sum_assignment
 
     present, own = label.unique(return_inverse=True)
@@ -411,7 +411,7 @@ def main(args: Args) -> dict[str, Any]:
     run.describe(data, labeled, measured)
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
-    train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
+    train.y[labeled] = -1  # monitor pseudo-labels on hidden labels only
 
     networks = []
     for key in ("weights", "inner weights"):  # only the trusted labels are passed on

@@ -15,8 +15,8 @@ the main head; a new auxiliary head on the encoder keeps predicting the teacher'
     loss = loss_s + lambda_u * loss_u + lambda_p * alpha_t * loss_kd
 
     loss_s   cross-entropy of the main head on labeled weak views
-    loss_u   the same on unlabeled STRONG views; target: argmax of the aligned probabilities of
-             the WEAK view, if their maximum reaches c_tau = tau * (mean confidence on labeled)
+    loss_u   the same, mean over all B_u STRONG views; target (detached): argmax of the WEAK view's
+             aligned probabilities if it reaches c_tau = tau * (mean confidence on labeled), else 0
     loss_kd  cross-entropy of the AUXILIARY head on all weak views; target: the teacher's label
     alpha_t  0 at the first step, 1 at the last, linear
 
@@ -42,15 +42,15 @@ away. The reported accuracy is that of the last evaluation, never the best one.
     cost         25 to 45 s on one CPU thread     not measured
 
 Departures from the authors' code (those in the data path are numbered in common.py)
-  D1  Stage 1 hands on its last (averaged) weights; ZM those that best fit the teacher's labels of
-      training images, which are the most over-fitted ones.
-  D2  We report the last evaluation; ZM the best test accuracy (for text, of the best on dev).
+  D1  Stage 1 passes on its last (averaged) weights; ZM passes on those that best fit the teacher's
+      training labels: the most overfitted ones.
+  D2  We report the last evaluation; ZM its best test accuracy (text: at the best dev score).
   D3  An example without a teacher's answer adds zero loss but stays in the denominator. ZM gives it
       one fixed class.
-  D4  Networks with batch statistics (CNN, WRN, EfficientNet) are evaluated with averaged weights,
-      as in FixMatch, AdaMatch. ZM trains only transformers and does not average; nor do we there.
-  D5  Precision is bfloat16 and TF32 where a GPU has them. ZM's is float32 without TF32: --amp off.
-  D6  Stage 1 takes all its steps. ZM's ends early once it fits 99.99 % of the teacher's labels.
+  D4  Networks with batch statistics (CNN, WRN, EfficientNet) are evaluated with averaged weights
+      (C8), as in FixMatch, AdaMatch. ZM trains only transformers, without averaging, and so do we.
+  D5  bfloat16 and TF32 where the GPU supports them. ZM has float32 without TF32: --amp off.
+  D6  Stage 1 runs to its last step. ZM's stops once it fits 99.99 % of the teacher's labels.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ class Args:
     test_file: str | None = None
     """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
     num_labels: int | None = None
-    """Labeled examples, equally many of each class; 0: all. Unset: the preset's; own data: all."""
+    """Labeled examples, the same number per class; 0: all. Unset: the preset's; own data: all."""
     size: int | None = None
-    """Side in pixels of own pictures as the network sees them; of own texts, most tokens a row."""
+    """Own pictures: the side in pixels the network sees. Own texts: maximum tokens per row."""
     seed: int = 0
     """Decides the labeled examples, the initial weights, the batches and every random view."""
     pseudolabels: str | None = None
@@ -101,7 +101,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: the accelerator, if there is one."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of forward passes; losses are float32. auto: bf16 where it is native and faster."""
+    """Precision of forward passes; losses are float32. auto: bf16 on GPUs that support it."""
     compile: bool = False
     """torch.compile the student: a slow first step, then faster, mostly on GPUs."""
     log_every: int = 20
@@ -157,8 +157,8 @@ class Args:
 
 
 # ---------------------------------------------------------------------------- the method
-# Sizes: B labeled, B_u unlabeled examples a step, K classes. Functions that adamatch.py or
-# kd_fixmatch.py also need are repeated there, word for word.
+# Sizes: B labeled, B_u unlabeled examples a step, K classes. Paste these functions into your own
+# loop, and keep p_lb and p_ulb from step to step. The other scripts repeat them, word for word.
 
 
 def lr_at(step: int, num_steps: int, warmup_steps: int) -> float:
@@ -395,7 +395,7 @@ def main(args: Args) -> dict[str, Any]:
     run = Run(name, asdict(args), device, dtype)
     run.describe(data, labeled, measured, zero_shot)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
-    train.y[labeled] = -1  # only hidden labels tell how good pseudo-labels are
+    train.y[labeled] = -1  # monitor pseudo-labels on hidden labels only
 
     seed_step(args.seed, "weights", 0)
     student = build_student(args.backbone, preset, K, weights=args.weights).to(device)

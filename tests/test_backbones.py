@@ -312,7 +312,7 @@ def test_layer_decay_finds_blocks_of_any_name_or_is_refused(kind, capsys):
     encoder.num_features = 8
     student = common.Student(encoder, 2)
     if kind == "Albert":  # one block, used again and again
-        with pytest.raises(UserError, match="--layer-decay: found no list of blocks"):
+        with pytest.raises(UserError, match="--layer-decay: this backbone has no list of blocks"):
             optimizer_of(student, "sgd", 1.0, 0.1, 0.5)
         return
     groups = optimizer_of(student, "sgd", 1.0, 0.1, 0.5).param_groups
@@ -327,3 +327,12 @@ def test_evaluation_takes_few_large_pictures_at_a_time(side, batch):
     preset = common.preset_of("cifar10")._replace(size=side)
     views = common.Views(split, preset, torch.device("cpu"))
     assert views.batch == batch
+
+
+def test_layer_decay_takes_the_stages_of_a_hierarchical_encoder(capsys):
+    sizes = dict(image_size=32, patch_size=2, embed_dim=8, window_size=2, num_heads=[1, 1, 1])
+    encoder = transformers.SwinModel(transformers.SwinConfig(depths=[1, 1, 4], **sizes))
+    encoder.num_features = 32
+    groups = optimizer_of(common.Student(encoder, 2), "sgd", 1.0, 0.1, 0.5).param_groups
+    assert {group["lr_scale"] for group in groups} == {1, 0.5, 0.25, 0.125, 0.0625}
+    assert "over 3 blocks" in capsys.readouterr().out

@@ -174,13 +174,23 @@ def test_the_accuracy_of_pseudo_labels_by_hand():
     assert none["pl_acc"].isnan() and none["pl_acc_masked"].isnan()
 
 
+def test_a_warm_up_beyond_a_stage_is_refused_and_no_range_hides_another():
+    with pytest.raises(UserError, match="--warmup-steps 40: expected a number from 0 to 30"):
+        resolve(GIVEN | {"num_steps_stage1": 30, "warmup_steps": 40}, DIGITS)
+    with pytest.raises(UserError, match="--tau 7"):
+        resolve(GIVEN | {"num_steps": 1, "tau": 7}, DIGITS)
+
+
 def test_without_a_test_part_known_training_labels_are_measured():
     x, y = np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8), np.array([0, -1, 1, -1])
     train = common.Split(x, y)
     data = common.Data("own", ["a", "b"], train, None)
     part, measured = common.measured_part(data)
-    assert measured == "labeled_acc" and np.array_equal(part.x, x[[0, 2]])
-    assert part.y.tolist() == [0, 1]
+    assert measured == "labeled_acc" and sorted(part.y.tolist()) == [0, 1]
+    assert np.array_equal(part.x, x[2 * part.y])
+    many = common.Split(np.zeros((9000, 1, 8, 8), np.uint8), np.arange(9000) // 1000)  # by class
+    part, _ = common.measured_part(common.Data("own", [*"abcdefghi"], many, None))
+    assert len(part) == 2000 and len(set(part.y.tolist())) == 9
     whole = common.Data("own", ["a", "b"], train, train.take(np.array([2])))
     assert common.measured_part(whole)[1] == "test_acc"
 
