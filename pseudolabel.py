@@ -25,8 +25,10 @@ Label null: no answer. Chat adds the raw answer and the tokens (in, out) billed 
 The file only grows and may be cut anywhere; the same command resumes after the last whole line.
 
 Departures from the authors' pipelines (jichan3751/zeromatch @8ca4079)
-  P1  An answer is a label, else the longest label it contains as whole words, else none. Authors:
-      substrings, the last class wins ("pink primrose" becomes "rose"), else one fixed class.
+  P1  An answer, its first line or just one of its lines is a label, after words such as "the answer
+      is". Else it is the only label it contains as whole words (the longest), but no label if it
+      also says "not", "no", "sorry" ...; "no", "on" and other short words must be the whole answer.
+      Authors: substrings, the last class wins ("pink primrose": "rose"), else one fixed class.
   P2  Local language models write no answer. They score every label: the log-probabilities of its
       tokens and of the end of the answer (or one label could begin another), not divided by length.
   P3  Class names in prompts have spaces instead of underscores.
@@ -40,6 +42,7 @@ from __future__ import annotations
 import base64
 import copy
 import csv
+import errno
 import hashlib
 import inspect
 import io
@@ -50,11 +53,13 @@ import random
 import re
 import signal
 import threading
+import time
+import unicodedata
 import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Iterator, Literal, NamedTuple
 
@@ -155,8 +160,10 @@ def read_rows(path: Path, **wanted: Any) -> tuple[Row, list[Row], int]:
 
 
 def is_valid(row: Row, n: int, k: int) -> bool:
-    """Whether a row suits n examples and k classes. A row of usage alone had no answer."""
+    """Whether a row suits n examples and k classes. One of usage alone, or with raw but no label,
+    had no answer."""
     row = {"index": 0, "label": 0} | row if row.keys() == {"usage"} else row
+    row = {"label": None} | row if "raw" in row else row
     with suppress(KeyError, TypeError):
         label, probs = row["label"], row.get("probs", [0] * k)
         whole = [row["index"], 0 if label is None else label, *row.get("usage", [0, 0])]
@@ -171,10 +178,11 @@ def collect(path: Path, rows: list[Row], n: int, k: int) -> tuple[np.ndarray, np
     UserError for a row that is not valid and for an index that occurs twice."""
     labels, probs = np.full(n, -2), np.full((n, k), np.nan, np.float32)
     for number, row in enumerate(rows, 2):
-        index = row.get("index")
-        if not is_valid(row, n, k) or index is not None and labels[index] != -2:
+        is_label = "label" in row
+        if not is_valid(row, n, k) or is_label and labels[row["index"]] != -2:
             raise UserError(f"{path}: line {number} is damaged or not unique: {row!s:.90}")
-        if index is not None:
+        if is_label:
+            index = row["index"]
             labels[index] = -1 if row["label"] is None else row["label"]
             probs[index] = row.get("probs", np.nan)
     return labels, probs
@@ -188,6 +196,8 @@ def read_labels(path: str | Path, data: Data, split: str) -> tuple[np.ndarray, n
     labels, probs = collect(path, rows, len(data.part(split)), len(data.classes))
     if missing := (labels == -2).sum():
         raise UserError(f"{path}: {missing} of {len(labels)} examples have no label yet; resume it")
+    if (labels == -1).all():
+        raise UserError(f"{path}: the teacher answered nothing: every label is null")
     return labels, None if np.isnan(probs).any() else probs
 
 
@@ -202,8 +212,9 @@ def open_labels(path: Path, header: Row) -> tuple[Any, list[Row]]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         pass  # no lock on Windows
-    except OSError:
-        raise UserError(f"{path}: another process writes to it; set another --output") from None
+    except OSError as error:  # others: a file system without locks
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise UserError(f"{path}: another process writes to it; set another --output") from None
     _, rows, length = read_rows(path, **header) if path.stat().st_size else ({}, [], 0)
     collect(path, rows, header["num_examples"], len(header["classes"]))  # damaged: left as it is
     os.truncate(path, length if rows else 0)
@@ -240,10 +251,36 @@ LETTER = "Answer with the letter of one option and nothing else."
 LETTERS = "ABCDEFGHIJKLMNOPQRST"  # of options: endpoints send the 20 most probable tokens
 
 
-def words_of(text: str) -> str:
-    """Lower-case words separated by spaces, without articles unless nothing else is left."""
-    words = re.findall(r"[^\W_]+", text.casefold())
-    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+UNSPACED = r"\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
+MARKS = r"\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
+WORD = (  # a number, a character of a script without spaces, a word, a symbol
+    rf"(?<![^\W_])[-+]?\d+(?:\.\d+)?(?![^\W_])|[{UNSPACED}]"
+    rf"|(?:(?![{UNSPACED}])[^\W_]|[{MARKS}])+|[+#<>=%&$@\u2190-\u2bff\U0001f000-\U0001faff]"
+)
+NOT = r"n['\u2019]t\b|\b(non|cannot|isnt|doesnt|dont)\b"
+DENIALS = {*"""not no neither nor never none without lacks sorry unable unclear unsure refuse decline
+apologize nicht kein keine pas ni не нет 不 没 沒 非 未 无 無""".split()}
+LEAD = r"""(?x)^((a|an|the|my|final|correct|best|answer|label|class|category|topic|option|text|image|
+review|photo|it|this|that|is|s|was|looks|like|shows|i|d|would|say|think|about|of)\ )+"""
+
+
+@lru_cache(10_000)
+def forms_of(text: str) -> tuple[str, str, str]:
+    """A text in NFC and folded case without quotes and stars around it; its words (see WORD) with
+    spaces between them, without articles unless nothing else is left; those after a LEAD."""
+    plain = unicodedata.normalize("NFC", text).casefold().strip(" \t\r\n.\"'`*")
+    words = re.sub(NOT, " not", plain.replace("_", " ").replace("\u0307", ""))  # of Turkish dotted I
+    words = re.findall(WORD, re.sub(r"(\d)\.0+\b", r"\1", words))
+    words = " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+    return plain, words, re.sub(LEAD, "", words)
+
+
+def named(text: str, classes: list[str]) -> int | None:
+    """The one class whose name is a text, in any of its forms."""
+    for form, *names in zip(forms_of(text), *map(forms_of, classes)):
+        if form and names.count(form) == 1:
+            return names.index(form)
+    return None
 
 
 def option_number(mark: str, num_classes: int) -> int:
@@ -253,23 +290,30 @@ def option_number(mark: str, num_classes: int) -> int:
 
 
 def parse_answer(answer: str, classes: list[str], lettered: bool = False) -> int | None:
-    """Class of an answer: the label itself, else the longest label inside it, else (if the options
-    are lettered) the letter at its beginning or end. None if there is none or several.  # P1"""
-    answer = answer.rpartition("</think>")[2]
-    with suppress(*ODD):  # not JSON with a label
+    """Class of an answer by rule P1, or (if the options are lettered and it contains no label) of
+    the letter at its beginning or end. None if there is none or several. Reads what follows the
+    reasoning; of a JSON object the field "label", else all of its values."""
+    answer = spoken(answer)
+    with suppress(*ODD):  # not a JSON object
         found = json.loads(answer[answer.find("{") : answer.rfind("}") + 1], strict=False)
-        answer = found["label"] + ""
-    bare = answer.strip(" \t\r\n.\"'`*").casefold()
-    exact = [number for number, name in enumerate(classes) if name.casefold() == bare]
-    if len(exact) == 1:
-        return exact[0]
-    labels, inside, end = [words_of(name) for name in classes], set(), 0
-    longest_first = "|".join(sorted(filter(None, labels), key=len, reverse=True))
-    for match in re.finditer(rf"\b(?=({longest_first})\b)", words_of(answer)):
+        value = found["label"] if "label" in found else [*found.values()]
+        answer = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    whole, *lines = [named(text, classes) for text in (answer, *answer.strip().splitlines())]
+    for found in {whole} - {None}, {*lines[:1]} - {None}, {*lines} - {None}:
+        if len(found) == 1:
+            return found.pop()
+    labels, inside, end = [forms_of(name)[1] for name in classes], set(), 0
+    longest_first = "|".join(map(re.escape, sorted(filter(None, labels), key=len, reverse=True)))
+    words = forms_of(answer)[1]
+    if DENIALS & {*re.sub(rf"(?<!\S)({longest_first})(?!\S)", "", words).split()}:
+        return None
+    for match in re.finditer(rf"(?<!\S)(?=({longest_first})(?!\S))", words):
         if match.end(1) > end:  # not inside the previous label
             inside.add(match[1])
             end = match.end(1)
     found = {number for number, label in enumerate(labels) if label and label in inside}
+    if len(inside) == 1 and re.fullmatch(r"[^\W\d]{1,2}|yes", *inside):
+        found = set()
     if lettered and not found:
         marks = re.findall(r"^\W*(\w+)(?=[.):,\n]|\W*$)|(\w+)\W*$", answer)
         found = {option_number("".join(mark), len(classes)) for mark in marks} - {-1}
@@ -465,61 +509,114 @@ def label_with_text_model(data: Data, todo: list[int], args: Args) -> Rows:
 # ---------------------------------------------------------------------------- teacher: chat
 
 ATTEMPTS, PAUSE, LONGEST_WAIT = 8, 0.5, 600  # requests per example and run; seconds; seconds
+FIRST, IN_A_ROW = 3, 25  # rows without an answer that stop a run: at its start, later
 OURS = ("model", "messages", "stream", "n", "max_tokens", "max_completion_tokens")  # see prepared
 OF_OPTION = r"\b(max_tokens|temperature|top_logprobs|logprobs)\b"
-OF_ROW = "content_filter|content_policy_violation|context_length_exceeded"
+OF_LENGTH = r"(?i)context.{0,9}(size|length|window)|too (long|large)|exceeds? .{0,20}(length|tokens)"
+NO_MONEY = (
+    r"(?i)insufficient.{0,3}(quota|credit|balance)|balance.{0,15}(insufficient|too low)"
+    r"|current.quota(?!(.|\n)*retry)"  # Gemini's limit per minute says when to retry
+)
+HOPELESS = {  # errors of a connection that never opens, and what to do
+    "CertificateError|CertVerification": "set SSL_CERT_FILE to your authority's certificate",
+    "WRONG_VERSION_NUMBER": "try http:// instead of https:// in --base-url",
+    "gaierror|ConnectionRefused|unreachable|No route|InvalidURL": "check --base-url",
+}
 
 
 class Verdict(NamedTuple):
     kind: str  # "answered", "no answer" (for this row), "ask again" or "stop" (the run)
-    text: str  # the answer, or the reason
+    text: str  # the answer, or what the server said
     usage: list[int] = [0, 0]  # tokens (in, out) that the reply reports
-    after: float = 0.0  # ask again after so many seconds ...
-    without: Any = ()  # ... and without one of these options
+    tries: int = 1  # requests of a row until this verdict holds; "ask again": in a later run
+    after: float = 0.0  # seconds until the next try
+    without: Any = ()  # options of ours that the reply names
     logprobs: Any = None
+    hint: str = ""  # what the user can do; of an answer: it was cut
+
+
+def tokens_of(reply: Row) -> list[int]:
+    """Tokens (in, out) that a reply reports; 0 where it reports none, or nonsense."""
+    used = reply.get("usage")
+    used = used if isinstance(used, dict) else {}
+    counts = [used.get("prompt_tokens"), used.get("completion_tokens")]
+    return [int(n) if type(n) in (int, float) and 0 < n < 1e12 else 0 for n in counts]
+
+
+def spoken(text: str) -> str:
+    """What follows the reasoning, without tokens such as <|end|>; "" if the reasoning is open."""
+    word = r"(?:think|thinking|thought|reasoning)"
+    after = re.split(rf"(?i)[<[]/{word}[>\]]|<\|channel\|>final<\|message\|>", text)[-1]
+    if re.search(rf"(?i)[<[]{word}[>\]]|<\|channel\|>", after):
+        return ""
+    return re.sub(r"<\|[^|]*\|>", " ", after).strip()
 
 
 def classify(status: int, headers: Any, body: bytes) -> Verdict:
     """Decide what a reply of a chat endpoint means; the first line that fits decides.
 
-    status                    body or header                   verdict
-    200                       a choice with text               answered
-    200                       a choice without text            no answer, but a finish_reason
-    200                       an error object                  as its code, else as 500
-    200                       anything else                    ask again
-    400, 413, 422             content filter, context length   no answer
-    400, 422                  names one of our options         ask again, without the option
-    429                       insufficient quota, billing      stop
-    408, 409, 429, 5xx, none  Retry-After over LONGEST_WAIT    stop
-    408, 409, 429, 5xx, none  anything else                    ask again, after Retry-After
-    any other                                                  stop"""
-    text, usage = body.decode("utf-8", "replace"), [0, 0]
+    status                   body                              verdict           tries
+    200                      an error object                   as its code, else as 500
+    200                      finish_reason error               ask again         ATTEMPTS
+    200                      an answer (parts are joined)      answered
+    200                      no answer; cut, or reasoning      ask again         1
+    200                      no answer; no choices, null       no answer         2
+    200                      no JSON object, odd content       ask again         ATTEMPTS
+    any                      no money: OpenAI, DeepSeek ...    stop
+    401, 402, 404, 405, 3xx  anything                          stop
+    0 (no reply)             certificate, address, refused     stop
+    5xx                      this row is too long              no answer         1
+    0, 408, 409, 425, 429,   Retry-After over LONGEST_WAIT     stop
+    5xx                      anything else                     ask again         ATTEMPTS
+    any other                anything (length, content ...)    no answer         1
+
+    A row without an answer gets label null and the run goes on; a row to ask again is left to the
+    next run, and gets null there. FIRST rows without an answer before the first one, or IN_A_ROW
+    later, stop the run. Before the first answer, `without` names options to leave out."""
+    text = body.decode("utf-8", "replace")
     if status == 200:
+        usage = [0, 0]
         try:
             reply = json.loads(text)
-            used = reply.get("usage") or {}
-            used = [used.get("prompt_tokens"), used.get("completion_tokens")]
-            usage = [count if type(count) is int and count > 0 else 0 for count in used]
-            if "error" in reply and not reply.get("choices"):
-                code = reply["error"].get("code")
-                code = code if code in range(400, 600) else 500
+            usage = tokens_of(reply)
+            choice = (reply.get("choices") or [{}])[0]
+            finish, message = choice.get("finish_reason"), choice.get("message") or {}
+            if error := reply.get("error") or choice.get("error") or finish == "error":
+                code = str(error.get("code")) if isinstance(error, dict) else ""
+                code = int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500
                 return classify(code, headers, body)._replace(usage=usage)
-            choice = reply["choices"][0]
-            if answer := choice["message"]["content"]:
-                return Verdict("answered", answer + "", usage, logprobs=choice.get("logprobs"))
-            return Verdict("no answer", f"finish_reason {choice.get('finish_reason')}", usage)
-        except ODD as error:
-            return Verdict("ask again", f"{type(error).__name__}: {error}", usage)
-    if status in (400, 413, 422) and re.search(OF_ROW, text):
-        return Verdict("no answer", text)
-    if status in (400, 422) and (named := re.findall(OF_OPTION, text)):
-        return Verdict("ask again", text, without=named)
-    after = headers.get("Retry-After", "")  # seconds; a date is not waited for
-    seconds = float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0.0
-    broke = status == 429 and re.search("insufficient_quota|billing", text)
-    if status not in {0, 408, 409, 429, *range(500, 600)} or broke or seconds > LONGEST_WAIT:
+            content = message.get("content") or ""
+            parts = [content] if isinstance(content, str) else content + []
+            parts = [part if isinstance(part, str) else part.get("text") or "" for part in parts]
+            content = "".join(parts)
+            thoughts = content.strip(), message.get("reasoning_content"), message.get("reasoning")
+            cut = str(finish).lower() in ("length", "max_tokens")
+            cut = cut or not spoken(content) and any(thoughts)
+            hint = "reasoning models need a larger --max-tokens" if cut else ""
+            if spoken(content):
+                logprobs = choice.get("logprobs")
+                return Verdict("answered", content, usage, logprobs=logprobs, hint=hint)
+            if cut:
+                return Verdict("ask again", json.dumps(choice), usage, hint=hint)
+            return Verdict("no answer", text, usage, tries=2)
+        except ODD:
+            return Verdict("ask again", text, usage, ATTEMPTS)
+    if status in (301, 302, 303, 307, 308):
+        return Verdict("stop", text, hint=f"the server redirects to {headers.get('Location')}")
+    if status == 401:
+        return Verdict("stop", text, hint="name the variable with its key: --key-variable")
+    if status < 400 and status or status in (402, 404, 405) or re.search(NO_MONEY, text):
         return Verdict("stop", text)
-    return Verdict("ask again", text, after=seconds)
+    for error, hint in HOPELESS.items() if status == 0 else ():
+        if re.search(error, text):
+            return Verdict("stop", text, hint=hint)
+    too_long = bool(re.search(OF_LENGTH, text))
+    if status in {0, 408, 409, 425, 429, *range(500, 600)} and not (status >= 500 and too_long):
+        after = headers.get("Retry-After", "")  # seconds; a date is not waited for
+        after = float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0.0
+        kind = "stop" if after > LONGEST_WAIT else "ask again"
+        return Verdict(kind, text, tries=ATTEMPTS, after=after)
+    return Verdict("no answer", text, without=() if too_long else re.findall(OF_OPTION, text))
 
 
 def read_answer(verdict: Verdict, classes: list[str], lettered: bool) -> Row:
@@ -530,12 +627,11 @@ def read_answer(verdict: Verdict, classes: list[str], lettered: bool) -> Row:
         tokens = verdict.logprobs["content"] if lettered else []
         first = next(token for token in tokens if option_number(token["token"], k) >= 0)
         for other in first["top_logprobs"]:
-            mass[option_number(other["token"], k)] += math.exp(other["logprob"])
-    probs = mass[:k] / max(mass[:k].sum(), 1e-300)
-    if probs.any():
-        return {"label": int(probs.argmax()), "probs": probs.round(5).tolist()}
-    answered = verdict.kind == "answered"
-    return {"label": parse_answer(verdict.text, classes, lettered) if answered else None}
+            mass[option_number(other["token"], k)] += math.exp(min(0, other["logprob"]))
+        if np.isfinite(mass).all() and mass[:k].any():
+            probs = mass[:k] / mass[:k].sum()
+            return {"label": int(probs.argmax()), "probs": probs.round(5).tolist()}
+    return {"label": parse_answer(verdict.text, classes, lettered)}
 
 
 def connect(args: Args) -> tuple[str, dict[str, str], str]:
@@ -549,11 +645,12 @@ def connect(args: Args) -> tuple[str, dict[str, str], str]:
         raise UserError(f"environment variable {variable}: expected the API key for {host}")
     headers = {"Content-Type": "application/json", "User-Agent": "pseudolabel"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    return args.base_url.rstrip("/") + "/chat/completions", headers, key
+    base, mark, query = args.base_url.partition("?")  # Azure: ?api-version=...
+    return f"{base.rstrip('/')}/chat/completions{mark}{query}", headers, key
 
 
 def post(url: str, headers: Row, body: Row, timeout: float) -> tuple[int, Any, bytes]:
-    """(status, headers, content) of one request; status 0: `timeout` seconds without a byte."""
+    """(status, headers, content) of one request; status 0: no whole reply, the content says why."""
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     opener = urllib.request.OpenerDirector()  # follows no redirect: it would carry the key along
     for name in ("ProxyHandler", "HTTPHandler", "HTTPSHandler"):
@@ -562,6 +659,7 @@ def post(url: str, headers: Row, body: Row, timeout: float) -> tuple[int, Any, b
         with opener.open(request, timeout=timeout) as reply:
             return reply.status, reply.headers, reply.read()
     except Exception as error:  # of the network, or a reply that is not HTTP
+        error = getattr(error, "reason", error)  # of a URLError
         return 0, {}, f"{type(error).__name__}: {error}".encode()
 
 
@@ -576,9 +674,10 @@ def content_of(x: Any, question: str, args: Args) -> Any:
     return [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
 
 
-def label_with_chat(data: Data, todo: list[int], args: Args) -> Rows:
+def label_with_chat(data: Data, todo: list[int], args: Args, proven: bool = False) -> Rows:
     """Rows in the order of the answers. The first request goes alone, to learn the options. Ctrl-C,
-    a refusal and --max-cost stop new requests; those in flight are paid for, so kept."""
+    a refusal and --max-cost stop new requests; those in flight are paid for, so kept. proven: the
+    endpoint has answered before. Rows without an answer wait for one: then the fault is theirs."""
     x, how = data.part(args.split).x, WORDS
     names = [name.replace("_", " ") for name in data.classes]  # P3
     (url, headers, key), options = connect(args), {"temperature": 0, "max_tokens": args.max_tokens}
@@ -590,7 +689,8 @@ def label_with_chat(data: Data, todo: list[int], args: Args) -> Rows:
     queue = [(i, 1, 0.0) for i in reversed(todo)]  # example, attempt, pause; the last is next
     pool, flying, stop = ThreadPoolExecutor(args.concurrency), {}, threading.Event()
     usage, spent, dearest = [0, 0], 0.0, 0.0  # usage: since the last row
-    answered, failed, ends = False, 0, []  # ends: exceptions that end the run
+    answered, silent, waiting, quiet_until = False, 0, [], 0.0  # waiting: for the next answer
+    ends: list[BaseException] = []  # exceptions that end the run
 
     def ask(body: Row, pause: float) -> tuple[int, Any, bytes]:
         return (0, {}, b"") if stop.wait(pause) else post(url, headers, body, args.timeout)
@@ -622,29 +722,42 @@ def label_with_chat(data: Data, todo: list[int], args: Args) -> Rows:
                 status, *reply = future.result()
                 verdict = classify(status, *reply)
                 text, used = verdict.text.replace(key or "\0", "[key]"), verdict.usage
-                reason = f"status {status}: {text[:200]}"
+                reason = f"{f'status {status}' if status else 'no reply'}: {text[:200]}"
+                advice = f"{reason}{verdict.hint and '; '}{verdict.hint}; what was answered is saved"
                 usage = np.add(usage, used).tolist()
                 dearest = max(dearest, cost_of([used[0], max(used[1], args.max_tokens)], args))
                 if status in (0, 200):  # lost or without usage: it may have cost as much as any
                     spent += cost_of(used, args) or dearest
-                refused = next((name for name in verdict.without if name in body), None)
-                if verdict.kind in ("answered", "no answer"):
-                    row = read_answer(verdict, data.classes, args.logprobs)
-                    yield {"index": i} | row | {"raw": text[:2000], "usage": usage}
-                    usage, answered, failed = [0, 0], True, 0
-                elif verdict.kind == "stop" or verdict.without and not refused:
-                    end(UserError(f"{url}: {reason}; what was answered is saved"))
-                elif attempt < ATTEMPTS:
-                    if not answered:
-                        tqdm.write(f"no answer yet, {reason}")
-                    if options.pop(refused, None) and refused == "max_tokens":
+                named = [] if answered else [name for name in verdict.without if name in body]
+                kind, row = verdict.kind, {"index": i, "label": None, "raw": text[:2000]}
+                if kind == "answered":
+                    row |= read_answer(verdict, data.classes, args.logprobs)
+                    kind = "ask again" if verdict.hint and row["label"] is None else kind
+                if kind == "stop":
+                    end(UserError(f"{url}: {advice}"))
+                elif kind == "answered":
+                    yield from waiting
+                    yield row | {"usage": usage}
+                    usage, silent, waiting, answered, proven = [0, 0], 0, [], True, True
+                elif ends or named or attempt < verdict.tries:
+                    if not ends and time.monotonic() > quiet_until:
+                        tqdm.write(f"asking again, {reason}")
+                        quiet_until = time.monotonic() + 10
+                    if named and options.pop(named[0], None) and named[0] == "max_tokens":
                         options["max_completion_tokens"] = args.max_tokens
                     pause = max(verdict.after, PAUSE * 2**attempt) * random.uniform(1, 1.5)
-                    queue.append((i, attempt + 1, 0.0 if refused else pause))
+                    queue.append((i, attempt + 1, 0.0 if named else pause))
                 else:
-                    failed += 1
-            if failed > (10 if answered else 0) and not ends:
-                end(UserError(f"{url}: {failed} examples in a row got no reply, last {reason}"))
+                    silent += 1 if proven else attempt
+                    if kind == "no answer":
+                        waiting.append(row)
+                    else:
+                        yield {"index": i, "raw": reason, "usage": usage}
+                        usage = [0, 0]
+                    if silent >= (IN_A_ROW if proven else min(FIRST, len(todo))):
+                        end(UserError(f"{url}: no answer to the last rows: {advice}"))
+        for row in waiting:
+            yield row if proven and not ends else {"index": row["index"], "raw": row["raw"]}
         if any(usage):
             yield {"usage": usage}
     finally:
@@ -768,6 +881,11 @@ def prepared(data: Data, args: Args) -> Args:
     return replace(args, model=args.model or model, prompt=prompt)
 
 
+def spread(rows: list[int], n: int) -> list[int]:
+    """n of the rows at equal distances, or all if there are fewer; none for n < 1."""
+    return rows[:: max(1, len(rows) // max(1, n))][: max(0, n)]
+
+
 def label(data: Data, args: Args) -> Row:
     """Label what the file lacks; print and return a summary of the file, also if interrupted."""
     args, (teach, *_, settings) = prepared(data, args), TEACHERS[args.teacher]
@@ -779,21 +897,30 @@ def label(data: Data, args: Args) -> Row:
     header = header_of(data, args.split, args.teacher, model, args.prompt, settings)
     path = Path(args.output or f"{args.data_dir}/labels/{name}.jsonl")
     file, rows = open_labels(path, header)
-    done = {row.get("index") for row in rows}
-    todo = [i for i in range(header["num_examples"]) if i not in done]
+    done = {row["index"] for row in rows if "label" in row}
+    tried = {row["index"] for row in rows if "index" in row} - done
+    todo, y = {*range(header["num_examples"])} - done, data.part(args.split).y
+    todo = sorted(todo, key=lambda i: (i in tried, y[i] < 0, i))  # the teacher's accuracy first
+    known = [i for i in todo if y[i] >= 0 and i not in tried]
+    others = todo[len(known) :]
     if args.dry_run:
-        todo = todo[:: max(1, len(todo) // args.dry_run)][: args.dry_run]
+        known = spread(known, args.dry_run)
+        others = spread(others, args.dry_run - len(known))
+    todo = known + others
     costs = [cost_of(row.get("usage", [0, 0]), args) for row in rows]
     left = (math.inf if args.max_cost is None else args.max_cost) - sum(costs)
     todo = todo if max(costs, default=0.0) <= left else []  # one more might cost as much
+    more = [bool(done)] if args.teacher == "chat" else []
     try:
         with file, tqdm(total=len(todo), desc=name, disable=None) as bar:
-            for row in teach(data, todo, replace(args, max_cost=left)) if todo else ():
+            for row in teach(data, todo, replace(args, max_cost=left), *more) if todo else ():
+                if row.get("index") in tried:
+                    row.setdefault("label", None)  # no answer in two runs
                 line = (json.dumps(row) + "\n").encode()
                 if file.write(line) < len(line):
                     raise UserError(f"could not write all of {path}: make room and resume")
                 rows.append(row)
-                bar.update("index" in row)
+                bar.update("label" in row)
     finally:
         result = summary(path, rows, data, args)
     return result
@@ -838,7 +965,7 @@ def default_labels(
 
     def complete(path: Path) -> bool:
         header, rows, _ = read_rows(path) if path.is_file() else ({}, [], 0)
-        return sum("index" in row for row in rows) == header.get("num_examples")
+        return sum("label" in row for row in rows) == header.get("num_examples")
 
     if data.name == "digits":
         train, test = (folder / f"digits-{split}-glyphs.jsonl" for split in ("train", "test"))
@@ -866,7 +993,7 @@ def write_csv(path: Path, data: Data, args: Args, labels: Path) -> None:
     """Write a label file as CSV: index, file or text, label, one probability per class."""
     part, (_, rows, _) = data.part(args.split), read_rows(labels)
     names = part.x if part.is_text else part.files
-    rows = {row["index"]: row for row in rows if "index" in row}
+    rows = {row["index"]: row for row in rows if "label" in row}
     with open(path, "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow(["index", "text" if part.is_text else "file", "label", *data.classes])
