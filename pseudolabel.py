@@ -22,12 +22,13 @@ The file. Line 1 is a header: data set, split, class names in order, a fingerpri
 teacher, model, prompt, settings. Every other line is one example, in any order:
     {"index": 17, "label": 3, "probs": [...]}
 Label null: no answer. Chat adds the raw answer and the tokens (in, out) billed since the last line.
+A line with tokens but no label: asked, not answered; the next run asks again, for the last time.
 The file only grows and may be cut anywhere; the same command resumes after the last whole line.
 
 Departures from the authors' pipelines (jichan3751/zeromatch @8ca4079)
-  P1  An answer, its first line or just one of its lines is a label, after words such as "the answer
-      is". Else it is the only label it contains as whole words (the longest), but no label if it
-      also says "not", "no", "sorry" ...; "no", "on" and other short words must be the whole answer.
+  P1  An answer, its first line or one of its lines is a label, perhaps after "the answer is". Else
+      the answer is the only label in it (the longest, as whole words), unless the words around the
+      label deny ("not", "no", "sorry") or the label is short ("no", "on"). Else there is none.
       Authors: substrings, the last class wins ("pink primrose": "rose"), else one fixed class.
   P2  Local language models write no answer. They score every label: the log-probabilities of its
       tokens and of the end of the answer (or one label could begin another), not divided by length.
@@ -42,7 +43,6 @@ from __future__ import annotations
 import base64
 import copy
 import csv
-import errno
 import hashlib
 import inspect
 import io
@@ -52,8 +52,8 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
-import time
 import unicodedata
 import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -71,15 +71,14 @@ from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image, to
 from tqdm import tqdm
 
 from common import (
-    OWN, PRESETS, Data, SmallCNN, Student, UserError, class_counts, cli, decode, files_below,
-    first_process_first, load_data, load_pretrained, load_student, make_views, predict,
-    preset_of, reason_of, seed_step, setup_device, share_right, write_atomically,
+    OWN, PRESETS, Data, SmallCNN, Split, Student, UserError, class_counts, cli, decode, files_below,
+    first_process_first, load_data, load_pretrained, load_student, make_views, predict, preset_of,
+    reason_of, seed_step, setup_device, share_right, write_atomically,
 )  # fmt: skip
 
 FORMAT = "zeromatch-labels-1"
 Row = dict[str, Any]  # a line of a label file
 Rows = Iterator[Row]
-# what reading JSON of another shape can raise
 ODD = (ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration)
 
 
@@ -96,8 +95,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of local models
     batch_size: int = 32  # examples per forward pass of a local model
     model: str | None = None
-    """Hub id, folder, or name at the endpoint. Unset: openai/clip-vit-large-patch14,
-    google/flan-t5-large, sentence-transformers/all-MiniLM-L6-v2. The paper also uses
+    """Hub id, folder, or name at the endpoint; unset: see README. The paper also uses
     google/flan-t5-xxl, gpt-4o-2024-08-06 (texts), gpt-4.1-2025-04-14 (images)."""
     prompt: str | None = None
     """text, chat: file with a question that contains {text} and {options}. clip, embedding: file of
@@ -155,15 +153,13 @@ def read_rows(path: Path, **wanted: Any) -> tuple[Row, list[Row], int]:
     for key in wanted if rows else ():
         if wanted[key] != header.get(key):
             reason = f"{key} {header.get(key)!r:.90}, expected {wanted[key]!r:.90}"
-            raise UserError(f"{path}: made for {reason}; give another file or delete this one")
+            raise UserError(f"{path}: made for {reason}; choose another file, here by --output")
     return header, rows, len(content)
 
 
 def is_valid(row: Row, n: int, k: int) -> bool:
-    """Whether a row suits n examples and k classes. One of usage alone, or with raw but no label,
-    had no answer."""
-    row = {"index": 0, "label": 0} | row if row.keys() == {"usage"} else row
-    row = {"label": None} | row if "raw" in row else row
+    """Whether a row suits n examples and k classes. One with usage but no label had no answer."""
+    row = {"index": 0, "label": None} | row if "usage" in row and "label" not in row else row
     with suppress(KeyError, TypeError):
         label, probs = row["label"], row.get("probs", [0] * k)
         whole = [row["index"], 0 if label is None else label, *row.get("usage", [0, 0])]
@@ -178,11 +174,10 @@ def collect(path: Path, rows: list[Row], n: int, k: int) -> tuple[np.ndarray, np
     UserError for a row that is not valid and for an index that occurs twice."""
     labels, probs = np.full(n, -2), np.full((n, k), np.nan, np.float32)
     for number, row in enumerate(rows, 2):
-        is_label = "label" in row
-        if not is_valid(row, n, k) or is_label and labels[row["index"]] != -2:
+        index = row.get("index") if "label" in row else None
+        if not is_valid(row, n, k) or index is not None and labels[index] != -2:
             raise UserError(f"{path}: line {number} is damaged or not unique: {row!s:.90}")
-        if is_label:
-            index = row["index"]
+        if index is not None:
             labels[index] = -1 if row["label"] is None else row["label"]
             probs[index] = row.get("probs", np.nan)
     return labels, probs
@@ -210,11 +205,10 @@ def open_labels(path: Path, header: Row) -> tuple[Any, list[Row]]:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # no lock on Windows
-    except OSError as error:  # others: a file system without locks
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise UserError(f"{path}: another process writes to it; set another --output") from None
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{path}: another process writes to it; set another --output") from None
+    except (ImportError, OSError):
+        pass  # no locks on Windows and on some file systems
     _, rows, length = read_rows(path, **header) if path.stat().st_size else ({}, [], 0)
     collect(path, rows, header["num_examples"], len(header["classes"]))  # damaged: left as it is
     os.truncate(path, length if rows else 0)
@@ -250,26 +244,22 @@ WORDS = "Answer with one of the options, word for word, and nothing else."
 LETTER = "Answer with the letter of one option and nothing else."
 LETTERS = "ABCDEFGHIJKLMNOPQRST"  # of options: endpoints send the 20 most probable tokens
 
-
-UNSPACED = r"\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
-MARKS = r"\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
-WORD = (  # a number, a character of a script without spaces, a word, a symbol
-    rf"(?<![^\W_])[-+]?\d+(?:\.\d+)?(?![^\W_])|[{UNSPACED}]"
-    rf"|(?:(?![{UNSPACED}])[^\W_]|[{MARKS}])+|[+#<>=%&$@\u2190-\u2bff\U0001f000-\U0001faff]"
+OTHER = r"\u0590-\u1dff\u2190-\u2bff\u3040-\ufaff\U0001f000-\U0003ffff"  # scripts, symbols
+WORD = (  # a number; letters (Latin, Greek, Cyrillic); one character of another script; a sign
+    rf"(?<![^\W_])[-+]?\d+(?:\.\d+)?(?![^\W_])|[^\W_{OTHER}]+|[{OTHER}]|[+#<>=%&$@]"
 )
-NOT = r"n['\u2019]t\b|\b(non|cannot|isnt|doesnt|dont)\b"
-DENIALS = {*"""not no neither nor never none without lacks sorry unable unclear unsure refuse decline
-apologize nicht kein keine pas ni не нет 不 没 沒 非 未 无 無""".split()}
-LEAD = r"""(?x)^((a|an|the|my|final|correct|best|answer|label|class|category|topic|option|text|image|
-review|photo|it|this|that|is|s|was|looks|like|shows|i|d|would|say|think|about|of)\ )+"""
+DENIALS = r"""(?x)(?<!\S)(not|no|neither|nor|never|none|without|lacks|isnt|doesnt|dont|sorry|unable|
+unclear|unsure|refuse|decline|apologize|nicht|kein|keine|pas|ni|не|нет|[不没沒非未无無])(?!\S)"""
+LEAD = r"""(?x)^((a|an|the|my|final|correct|best|answer|label|class|category|topic|option|text|
+image|photo|review|it|this|that|is|s|was|looks|like|shows|i|d|would|say|think|about|of)\ )+"""
 
 
 @lru_cache(10_000)
 def forms_of(text: str) -> tuple[str, str, str]:
-    """A text in NFC and folded case without quotes and stars around it; its words (see WORD) with
-    spaces between them, without articles unless nothing else is left; those after a LEAD."""
-    plain = unicodedata.normalize("NFC", text).casefold().strip(" \t\r\n.\"'`*")
-    words = re.sub(NOT, " not", plain.replace("_", " ").replace("\u0307", ""))  # of Turkish dotted I
+    """A text in NFC and folded case; its words (see WORD) with a space between, without articles
+    unless nothing else is left; its words after a LEAD."""
+    plain = unicodedata.normalize("NFC", text).casefold().replace("\u0307", "").strip(" \n.\"'`*")
+    words = re.sub(r"n['\u2019]t\b|\b(non|cannot)\b", " not", plain.replace("_", " "))
     words = re.findall(WORD, re.sub(r"(\d)\.0+\b", r"\1", words))
     words = " ".join([word for word in words if word not in ("a", "an", "the")] or words)
     return plain, words, re.sub(LEAD, "", words)
@@ -290,9 +280,8 @@ def option_number(mark: str, num_classes: int) -> int:
 
 
 def parse_answer(answer: str, classes: list[str], lettered: bool = False) -> int | None:
-    """Class of an answer by rule P1, or (if the options are lettered and it contains no label) of
-    the letter at its beginning or end. None if there is none or several. Reads what follows the
-    reasoning; of a JSON object the field "label", else all of its values."""
+    """Class of an answer by rule P1, else (if the options are lettered) of the letter at its
+    beginning or end; of JSON, the field "label" or all values are read. None: none or several."""
     answer = spoken(answer)
     with suppress(*ODD):  # not a JSON object
         found = json.loads(answer[answer.find("{") : answer.rfind("}") + 1], strict=False)
@@ -305,15 +294,14 @@ def parse_answer(answer: str, classes: list[str], lettered: bool = False) -> int
     labels, inside, end = [forms_of(name)[1] for name in classes], set(), 0
     longest_first = "|".join(map(re.escape, sorted(filter(None, labels), key=len, reverse=True)))
     words = forms_of(answer)[1]
-    if DENIALS & {*re.sub(rf"(?<!\S)({longest_first})(?!\S)", "", words).split()}:
+    if re.search(DENIALS, re.sub(rf"(?<!\S)({longest_first})(?!\S)", "", words)):
         return None
     for match in re.finditer(rf"(?<!\S)(?=({longest_first})(?!\S))", words):
         if match.end(1) > end:  # not inside the previous label
             inside.add(match[1])
             end = match.end(1)
-    found = {number for number, label in enumerate(labels) if label and label in inside}
-    if len(inside) == 1 and re.fullmatch(r"[^\W\d]{1,2}|yes", *inside):
-        found = set()
+    is_short = re.fullmatch(r"[^\W\d]{1,2}|yes", " ".join(inside))
+    found = {n for n, label in enumerate(labels) if label and label in inside and not is_short}
     if lettered and not found:
         marks = re.findall(r"^\W*(\w+)(?=[.):,\n]|\W*$)|(\w+)\W*$", answer)
         found = {option_number("".join(mark), len(classes)) for mark in marks} - {-1}
@@ -511,16 +499,16 @@ def label_with_text_model(data: Data, todo: list[int], args: Args) -> Rows:
 ATTEMPTS, PAUSE, LONGEST_WAIT = 8, 0.5, 600  # requests per example and run; seconds; seconds
 FIRST, IN_A_ROW = 3, 25  # rows without an answer that stop a run: at its start, later
 OURS = ("model", "messages", "stream", "n", "max_tokens", "max_completion_tokens")  # see prepared
+REASONING = "(?:think|thinking|thought|reasoning)"  # in <> or []
 OF_OPTION = r"\b(max_tokens|temperature|top_logprobs|logprobs)\b"
-OF_LENGTH = r"(?i)context.{0,9}(size|length|window)|too (long|large)|exceeds? .{0,20}(length|tokens)"
-NO_MONEY = (
-    r"(?i)insufficient.{0,3}(quota|credit|balance)|balance.{0,15}(insufficient|too low)"
-    r"|current.quota(?!(.|\n)*retry)"  # Gemini's limit per minute says when to retry
-)
-HOPELESS = {  # errors of a connection that never opens, and what to do
-    "CertificateError|CertVerification": "set SSL_CERT_FILE to your authority's certificate",
-    "WRONG_VERSION_NUMBER": "try http:// instead of https:// in --base-url",
-    "gaierror|ConnectionRefused|unreachable|No route|InvalidURL": "check --base-url",
+OF_LENGTH = "(?i)context.{0,9}(size|length|window)|too (long|large)|exceeds? .{0,20}(length|tokens)"
+STOPS = {  # pattern of "STATUS TEXT" that no repetition changes: what the user can do
+    "^3": "; the server redirects to {}",
+    "^401": "; name the variable with its key: --key-variable",
+    "^(402|404|405|[12])": "",
+    "^0 .*Cert": "; set SSL_CERT_FILE to the certificate of your authority",
+    "^0 .*(gaierror|ConnectionRef|unreachable|No route|InvalidURL|SSL: W)": "; check --base-url",
+    "(?is)^[45].[^2].*(insufficient.?(quota|credit|balance)|balance.{0,9}(insuffic|too low))": "",
 }
 
 
@@ -529,56 +517,43 @@ class Verdict(NamedTuple):
     text: str  # the answer, or what the server said
     usage: list[int] = [0, 0]  # tokens (in, out) that the reply reports
     tries: int = 1  # requests of a row until this verdict holds; "ask again": in a later run
+    hint: str = ""  # what the user can do; of an answer: it was cut
+    logprobs: Any = None
     after: float = 0.0  # seconds until the next try
     without: Any = ()  # options of ours that the reply names
-    logprobs: Any = None
-    hint: str = ""  # what the user can do; of an answer: it was cut
-
-
-def tokens_of(reply: Row) -> list[int]:
-    """Tokens (in, out) that a reply reports; 0 where it reports none, or nonsense."""
-    used = reply.get("usage")
-    used = used if isinstance(used, dict) else {}
-    counts = [used.get("prompt_tokens"), used.get("completion_tokens")]
-    return [int(n) if type(n) in (int, float) and 0 < n < 1e12 else 0 for n in counts]
 
 
 def spoken(text: str) -> str:
     """What follows the reasoning, without tokens such as <|end|>; "" if the reasoning is open."""
-    word = r"(?:think|thinking|thought|reasoning)"
-    after = re.split(rf"(?i)[<[]/{word}[>\]]|<\|channel\|>final<\|message\|>", text)[-1]
-    if re.search(rf"(?i)[<[]{word}[>\]]|<\|channel\|>", after):
-        return ""
-    return re.sub(r"<\|[^|]*\|>", " ", after).strip()
+    after = re.split(rf"(?i)[<[]/{REASONING}[>\]]|<\|channel\|>final<\|message\|>", text)[-1]
+    is_open = re.search(rf"(?i)[<[]{REASONING}[>\]]|<\|channel\|>", after)
+    return "" if is_open else re.sub(r"<\|[^|]*\|>", " ", after).strip()
 
 
 def classify(status: int, headers: Any, body: bytes) -> Verdict:
     """Decide what a reply of a chat endpoint means; the first line that fits decides.
 
     status                   body                              verdict           tries
-    200                      an error object                   as its code, else as 500
-    200                      finish_reason error               ask again         ATTEMPTS
+    200                      an error, finish_reason error     as its code, else as 500
     200                      an answer (parts are joined)      answered
     200                      no answer; cut, or reasoning      ask again         1
     200                      no answer; no choices, null       no answer         2
     200                      no JSON object, odd content       ask again         ATTEMPTS
-    any                      no money: OpenAI, DeepSeek ...    stop
-    401, 402, 404, 405, 3xx  anything                          stop
-    0 (no reply)             certificate, address, refused     stop
+    any                      one of STOPS                      stop
     5xx                      this row is too long              no answer         1
     0, 408, 409, 425, 429,   Retry-After over LONGEST_WAIT     stop
     5xx                      anything else                     ask again         ATTEMPTS
     any other                anything (length, content ...)    no answer         1
 
-    A row without an answer gets label null and the run goes on; a row to ask again is left to the
-    next run, and gets null there. FIRST rows without an answer before the first one, or IN_A_ROW
-    later, stop the run. Before the first answer, `without` names options to leave out."""
-    text = body.decode("utf-8", "replace")
+    No answer is label null. A row to ask again is asked by the next run, and gets null if it fails
+    there. FIRST rows without an answer at the beginning, or IN_A_ROW later, stop the run."""
+    text, usage = body.decode("utf-8", "replace"), [0, 0]
     if status == 200:
-        usage = [0, 0]
         try:
             reply = json.loads(text)
-            usage = tokens_of(reply)
+            used = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
+            used = [used.get("prompt_tokens"), used.get("completion_tokens")]
+            usage = [int(n) if type(n) in (int, float) and 0 < n < 1e12 else 0 for n in used]
             choice = (reply.get("choices") or [{}])[0]
             finish, message = choice.get("finish_reason"), choice.get("message") or {}
             if error := reply.get("error") or choice.get("error") or finish == "error":
@@ -586,30 +561,20 @@ def classify(status: int, headers: Any, body: bytes) -> Verdict:
                 code = int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500
                 return classify(code, headers, body)._replace(usage=usage)
             content = message.get("content") or ""
-            parts = [content] if isinstance(content, str) else content + []
-            parts = [part if isinstance(part, str) else part.get("text") or "" for part in parts]
-            content = "".join(parts)
-            thoughts = content.strip(), message.get("reasoning_content"), message.get("reasoning")
-            cut = str(finish).lower() in ("length", "max_tokens")
-            cut = cut or not spoken(content) and any(thoughts)
-            hint = "reasoning models need a larger --max-tokens" if cut else ""
-            if spoken(content):
-                logprobs = choice.get("logprobs")
-                return Verdict("answered", content, usage, logprobs=logprobs, hint=hint)
-            if cut:
-                return Verdict("ask again", json.dumps(choice), usage, hint=hint)
-            return Verdict("no answer", text, usage, tries=2)
+            parts = [{"text": content}] if isinstance(content, str) else content + []
+            content = "".join(part.get("text") or "" for part in parts)
+            answer, thoughts = spoken(content), map(message.get, ("reasoning_content", "reasoning"))
+            cut = finish in ("length", "max_tokens") or not answer and any([content, *thoughts])
+            hint = "; reasoning models need a larger --max-tokens" if cut else ""
+            if answer:
+                return Verdict("answered", content, usage, 1, hint, choice.get("logprobs"))
+            kind, tries = ("ask again", 1) if cut else ("no answer", 2)
+            return Verdict(kind, json.dumps(choice) if choice else text, usage, tries, hint)
         except ODD:
             return Verdict("ask again", text, usage, ATTEMPTS)
-    if status in (301, 302, 303, 307, 308):
-        return Verdict("stop", text, hint=f"the server redirects to {headers.get('Location')}")
-    if status == 401:
-        return Verdict("stop", text, hint="name the variable with its key: --key-variable")
-    if status < 400 and status or status in (402, 404, 405) or re.search(NO_MONEY, text):
-        return Verdict("stop", text)
-    for error, hint in HOPELESS.items() if status == 0 else ():
-        if re.search(error, text):
-            return Verdict("stop", text, hint=hint)
+    for pattern, hint in STOPS.items():
+        if re.search(pattern, f"{status} {text}"):
+            return Verdict("stop", text, hint=hint.format(headers.get("Location")))
     too_long = bool(re.search(OF_LENGTH, text))
     if status in {0, 408, 409, 425, 429, *range(500, 600)} and not (status >= 500 and too_long):
         after = headers.get("Retry-After", "")  # seconds; a date is not waited for
@@ -624,7 +589,7 @@ def read_answer(verdict: Verdict, classes: list[str], lettered: bool) -> Row:
     letter k at the first token that is a letter, scaled to sum 1."""
     k, mass = len(classes), np.zeros(len(classes) + 1)  # the last entry: no letter
     with suppress(*ODD):  # no probabilities, or in another shape
-        tokens = verdict.logprobs["content"] if lettered else []
+        tokens = verdict.logprobs["content"] * lettered
         first = next(token for token in tokens if option_number(token["token"], k) >= 0)
         for other in first["top_logprobs"]:
             mass[option_number(other["token"], k)] += math.exp(min(0, other["logprob"]))
@@ -645,8 +610,7 @@ def connect(args: Args) -> tuple[str, dict[str, str], str]:
         raise UserError(f"environment variable {variable}: expected the API key for {host}")
     headers = {"Content-Type": "application/json", "User-Agent": "pseudolabel"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    base, mark, query = args.base_url.partition("?")  # Azure: ?api-version=...
-    return f"{base.rstrip('/')}/chat/completions{mark}{query}", headers, key
+    return args.base_url.rstrip("/") + "/chat/completions", headers, key
 
 
 def post(url: str, headers: Row, body: Row, timeout: float) -> tuple[int, Any, bytes]:
@@ -688,19 +652,16 @@ def label_with_chat(data: Data, todo: list[int], args: Args, proven: bool = Fals
     question = f"{how}\n\n{args.prompt.replace('{options}', ', '.join(names))}"
     queue = [(i, 1, 0.0) for i in reversed(todo)]  # example, attempt, pause; the last is next
     pool, flying, stop = ThreadPoolExecutor(args.concurrency), {}, threading.Event()
-    usage, spent, dearest = [0, 0], 0.0, 0.0  # usage: since the last row
-    answered, silent, waiting, quiet_until = False, 0, [], 0.0  # waiting: for the next answer
-    ends: list[BaseException] = []  # exceptions that end the run
+    usage, spent, dearest, told = [0, 0], 0.0, 0.0, set()  # usage: since the last row
+    answered, silent, waiting, ends = False, 0, [], []  # waiting rows; exceptions that end the run
 
-    def ask(body: Row, pause: float) -> tuple[int, Any, bytes]:
+    def ask(i: int, options: Row, pause: float) -> tuple[int, Any, bytes]:
+        messages = [{"role": "user", "content": content_of(x[i], question, args)}]
+        body = {"model": args.model, "messages": messages, **options}
         return (0, {}, b"") if stop.wait(pause) else post(url, headers, body, args.timeout)
 
-    def end(error: BaseException) -> None:
-        ends.append(error)
-        stop.set()  # wakes those that wait to ask again
-
     def note(number: int, frame: Any) -> None:
-        end(KeyboardInterrupt())
+        ends.append(KeyboardInterrupt())
         signal.signal(number, signal.default_int_handler)  # a second one does not wait
         tqdm.write(f"stopping after {len(flying)} requests in flight; again: now")
 
@@ -712,41 +673,41 @@ def label_with_chat(data: Data, todo: list[int], args: Args, proven: bool = Fals
                 if spent + (len(flying) + 1) * dearest > args.max_cost:
                     break
                 i, attempt, pause = queue.pop()
-                messages = [{"role": "user", "content": content_of(x[i], question, args)}]
-                body = {"model": args.model, "messages": messages, **options}
-                flying[pool.submit(ask, body, pause)] = i, attempt, body
+                flying[pool.submit(ask, i, dict(options), pause)] = i, attempt
+            if ends:
+                stop.set()  # wakes those that wait to ask again
             if not flying:
                 break
             for future in wait(flying, 0.2, FIRST_COMPLETED).done:  # 0.2 s: lets signals in
-                i, attempt, body = flying.pop(future)
+                i, attempt = flying.pop(future)
                 status, *reply = future.result()
                 verdict = classify(status, *reply)
                 text, used = verdict.text.replace(key or "\0", "[key]"), verdict.usage
                 reason = f"{f'status {status}' if status else 'no reply'}: {text[:200]}"
-                advice = f"{reason}{verdict.hint and '; '}{verdict.hint}; what was answered is saved"
+                advice = f"{reason}{verdict.hint}; what was answered is saved"
                 usage = np.add(usage, used).tolist()
                 dearest = max(dearest, cost_of([used[0], max(used[1], args.max_tokens)], args))
                 if status in (0, 200):  # lost or without usage: it may have cost as much as any
                     spent += cost_of(used, args) or dearest
-                named = [] if answered else [name for name in verdict.without if name in body]
-                kind, row = verdict.kind, {"index": i, "label": None, "raw": text[:2000]}
+                refused = [] if answered else [name for name in verdict.without if name in options]
+                kind, row = verdict.kind, {"index": i, "raw": text[:2000]}
                 if kind == "answered":
                     row |= read_answer(verdict, data.classes, args.logprobs)
                     kind = "ask again" if verdict.hint and row["label"] is None else kind
                 if kind == "stop":
-                    end(UserError(f"{url}: {advice}"))
+                    ends.append(UserError(f"{url}: {advice}"))
                 elif kind == "answered":
-                    yield from waiting
+                    yield from ({"label": None} | one for one in waiting)
                     yield row | {"usage": usage}
                     usage, silent, waiting, answered, proven = [0, 0], 0, [], True, True
-                elif ends or named or attempt < verdict.tries:
-                    if not ends and time.monotonic() > quiet_until:
+                elif ends or refused or attempt < verdict.tries:
+                    if status not in told or not answered:
                         tqdm.write(f"asking again, {reason}")
-                        quiet_until = time.monotonic() + 10
-                    if named and options.pop(named[0], None) and named[0] == "max_tokens":
+                        told.add(status)
+                    if refused and options.pop(refused[0], None) and refused[0] == "max_tokens":
                         options["max_completion_tokens"] = args.max_tokens
                     pause = max(verdict.after, PAUSE * 2**attempt) * random.uniform(1, 1.5)
-                    queue.append((i, attempt + 1, 0.0 if named else pause))
+                    queue.append((i, attempt + 1, 0.0 if refused else pause))
                 else:
                     silent += 1 if proven else attempt
                     if kind == "no answer":
@@ -755,9 +716,9 @@ def label_with_chat(data: Data, todo: list[int], args: Args, proven: bool = Fals
                         yield {"index": i, "raw": reason, "usage": usage}
                         usage = [0, 0]
                     if silent >= (IN_A_ROW if proven else min(FIRST, len(todo))):
-                        end(UserError(f"{url}: no answer to the last rows: {advice}"))
+                        ends.append(UserError(f"{url}: no answer to the last rows: {advice}"))
         for row in waiting:
-            yield row if proven and not ends else {"index": row["index"], "raw": row["raw"]}
+            yield row | ({"label": None} if proven and not ends else {"usage": [0, 0]})
         if any(usage):
             yield {"usage": usage}
     finally:
@@ -781,12 +742,22 @@ def load_arrays(path: Path) -> Row:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def read_csv(path: Path, classes: list[str]) -> list[int | str]:
-    """Column label of a CSV file, ordered by column index if it has one: numbers and names."""
+def read_csv(path: Path, part: Split, classes: list[str]) -> list[int | str]:
+    """Column label (numbers, names) of a CSV file in the order of the data: matched by a unique
+    column text or file, else by column index, else by order. Raises ValueError for missing rows."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = list(csv.DictReader(file))
-    found = {int(line.get("index", at)): line["label"].strip() for at, line in enumerate(lines)}
-    values = [found[at] for at in range(len(lines))]  # KeyError: not every index from 0 once
+    column, names = ("text", part.x) if part.is_text else ("file", part.files)
+    key_of = str if part.is_text else os.path.basename  # wherever the folder is
+    keys = [key_of(line.get(column, "")) for line in lines]
+    if names is None or len({*keys}) < len(lines):
+        column, names, key_of = "index", range(len(lines)), int
+        keys = [int(line.get(column, at)) for at, line in enumerate(lines)]
+    print(f"{path}: rows are matched by {column if column in dict(*lines[:1]) else 'their order'}")
+    found = {key: line["label"].strip() for key, line in zip(keys, lines)}
+    if missing := {*map(key_of, names)} - found.keys():
+        raise ValueError(f"no row with {column} {min(missing)!s:.80}")
+    values = [found[key_of(name)] for name in names]
     values = [int(v) if v.isdecimal() and v not in classes else v for v in values]
     if None in [label_of(v, classes) for v in values if v != ""]:
         raise ValueError("expected names or numbers of classes")
@@ -806,7 +777,7 @@ def label_of(value: Any, classes: list[str]) -> int | None:
 def label_from_file(data: Data, todo: list[int], args: Args) -> Rows:
     """Rows of labels made elsewhere. Raises UserError if they are for other or reordered data."""
     path, part, classes = Path(args.input), data.part(args.split), data.classes
-    readers = {".csv": lambda path: read_csv(path, classes), ".npy": np.load}
+    readers = {".csv": lambda path: read_csv(path, part, classes), ".npy": np.load}
     try:
         found = readers.get(path.suffix, load_arrays)(path)
         found = {"pred_labels": found} if path.suffix in readers else found
@@ -834,13 +805,12 @@ def label_from_file(data: Data, todo: list[int], args: Args) -> Rows:
 # ---------------------------------------------------------------------------- main
 
 MINI_LM, BOTH = "sentence-transformers/all-MiniLM-L6-v2", "images texts"
-OF_CHAT = "max_chars logprobs extra_body image_size"
 TEACHERS = {  # function, kind of prompt, what it labels, default model, arguments for the header
     "glyphs": (label_with_network, None, "images", "cnn on rendered glyphs", ""),
     "clip": (label_by_cosine, TEMPLATE, "images", "openai/clip-vit-large-patch14", ""),
     "text": (label_with_text_model, QUESTION, "texts", "google/flan-t5-large", "max_chars"),
     "embedding": (label_by_cosine, TEMPLATE, "texts", MINI_LM, "max_chars temperature"),
-    "chat": (label_with_chat, QUESTION, BOTH, None, OF_CHAT),
+    "chat": (label_with_chat, QUESTION, BOTH, None, "max_chars logprobs extra_body image_size"),
     "student": (label_with_network, None, BOTH, None, ""),
     "import": (label_from_file, None, BOTH, None, ""),
 }
@@ -862,6 +832,8 @@ def prepared(data: Data, args: Args) -> Args:
     } | {
         f"--teacher {args.teacher} needs --{needed}": getattr(args, needed) is None,
         f"--teacher {args.teacher} does not label {kind}; choose another": kind not in reads,
+        f"two classes differ only in case, {', '.join(data.classes):.200}; rename one":
+            which and len({forms_of(name)[0] for name in data.classes}) < k,
         f"--logprobs: {k} classes, at most 20 fit; leave it out": args.logprobs and k > 20,
         "--max-cost needs --price-in and --price-out":
             args.max_cost is not None and not args.price_in + args.price_out > 0,
@@ -881,11 +853,6 @@ def prepared(data: Data, args: Args) -> Args:
     return replace(args, model=args.model or model, prompt=prompt)
 
 
-def spread(rows: list[int], n: int) -> list[int]:
-    """n of the rows at equal distances, or all if there are fewer; none for n < 1."""
-    return rows[:: max(1, len(rows) // max(1, n))][: max(0, n)]
-
-
 def label(data: Data, args: Args) -> Row:
     """Label what the file lacks; print and return a summary of the file, also if interrupted."""
     args, (teach, *_, settings) = prepared(data, args), TEACHERS[args.teacher]
@@ -896,17 +863,17 @@ def label(data: Data, args: Args) -> Row:
     settings = {setting: getattr(args, setting) for setting in settings.split()}
     header = header_of(data, args.split, args.teacher, model, args.prompt, settings)
     path = Path(args.output or f"{args.data_dir}/labels/{name}.jsonl")
+    given = [file for file in (args.dataset, args.test_file, args.prompt, args.input) if file]
+    for file, read in (args.csv, [path, *given]), (args.output, given):
+        if file and os.path.realpath(file) in map(os.path.realpath, read):
+            raise UserError(f"{file} is an input or the label file; write to another file")
     file, rows = open_labels(path, header)
     done = {row["index"] for row in rows if "label" in row}
     tried = {row["index"] for row in rows if "index" in row} - done
-    todo, y = {*range(header["num_examples"])} - done, data.part(args.split).y
-    todo = sorted(todo, key=lambda i: (i in tried, y[i] < 0, i))  # the teacher's accuracy first
-    known = [i for i in todo if y[i] >= 0 and i not in tried]
-    others = todo[len(known) :]
+    todo, y = [i for i in range(header["num_examples"]) if i not in done], data.part(args.split).y
     if args.dry_run:
-        known = spread(known, args.dry_run)
-        others = spread(others, args.dry_run - len(known))
-    todo = known + others
+        random.Random(0).shuffle(todo)  # a fair sample
+    todo = sorted(todo, key=lambda i: (i in tried, y[i] < 0))[: args.dry_run]  # the known first
     costs = [cost_of(row.get("usage", [0, 0]), args) for row in rows]
     left = (math.inf if args.max_cost is None else args.max_cost) - sum(costs)
     todo = todo if max(costs, default=0.0) <= left else []  # one more might cost as much
@@ -943,15 +910,20 @@ def summary(path: Path, rows: list[Row], data: Data, args: Args) -> Row:
         "abstentions": int((labels == -1).sum()), "with_probs": int((probs[:, 0] >= 0).sum()),
         "cost": cost_of(used, args), "accuracy": 100 * right / total if total else None,
     }  # fmt: skip
-    said = "{path}: {labeled} of {} labeled, {abstentions} abstentions, {with_probs} with probs"
-    print(said.format(len(y), **result))
+    said = "{path}: {labeled} of {} labeled, {abstentions} abstentions ({:.1%}), {with_probs} with "
+    print((said + "probs").format(len(y), result["abstentions"] / max(1, labeled), **result))
     print("labels per class:", class_counts(labels, data.classes))
     scales = {"so far": 1, f"estimate for all {len(y)}": len(y) / max(1, labeled)}
     for what, scale in scales.items() if any(used) else ():
         tokens, cost = np.multiply(scale, used), scale * result["cost"]
         print(f"{what}: {tokens[0]:.0f} tokens in, {tokens[1]:.0f} out, cost {cost:.4f}")
     if total:
-        print(f"accuracy {share_right(right, total)} known labels")
+        print(f"accuracy {share_right(right, total)} known labels; by class, most mistakes first:")
+        given = [labels[known & (y == k)] for k in range(len(data.classes))]
+        for k in sorted(range(len(given)), key=lambda k: -(given[k] != k).sum())[:15]:
+            good, none = (given[k] == k).sum(), (given[k] == -1).sum()
+            wrong = len(given[k]) - good - none
+            print(f"  {data.classes[k]}: {good} right, {wrong} wrong, {none} without an answer")
     return result
 
 
@@ -968,11 +940,10 @@ def default_labels(
         return sum("label" in row for row in rows) == header.get("num_examples")
 
     if data.name == "digits":
-        train, test = (folder / f"digits-{split}-glyphs.jsonl" for split in ("train", "test"))
-        for path, split in {train: "train", test: "test"}.items():
-            if not complete(path):
-                label(data, Args(split=split, data_dir=data_dir, device="cpu"))
-        return str(train), str(test)
+        paths = {split: folder / f"digits-{split}-glyphs.jsonl" for split in ("train", "test")}
+        for split in [split for split, path in paths.items() if not complete(path)]:
+            label(data, Args(split=split, data_dir=data_dir, device="cpu"))
+        return str(paths["train"]), str(paths["test"])
     found = sorted(p for p in folder.glob("*.jsonl") if p.name.startswith(prefix) and complete(p))
     if len(found) > 1:
         raise UserError(f"several label files: {', '.join(map(str, found))}; set --pseudolabels")
@@ -980,9 +951,7 @@ def default_labels(
         teacher = "text" if data.train.is_text else "clip"
         command = f"pseudolabel.py --dataset {dataset or data.name} --teacher {teacher}"
         command += f" --test-file {test_file}" if test_file else ""
-        raise UserError(
-            f"no labels of {data.name} in {folder}; run {command} or set --pseudolabels"
-        )
+        raise UserError(f"no labels of {data.name} in {folder}; run {command}, set --pseudolabels")
     if not found:
         found = [Path(label(data, Args(data.name, teacher="clip", data_dir=data_dir))["path"])]
     test = folder / f"{data.name}-test-{found[0].name.removeprefix(prefix)}"
@@ -994,7 +963,7 @@ def write_csv(path: Path, data: Data, args: Args, labels: Path) -> None:
     part, (_, rows, _) = data.part(args.split), read_rows(labels)
     names = part.x if part.is_text else part.files
     rows = {row["index"]: row for row in rows if "label" in row}
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         out = csv.writer(file)
         out.writerow(["index", "text" if part.is_text else "file", "label", *data.classes])
         for i, row in sorted(rows.items()):
@@ -1006,6 +975,7 @@ def write_csv(path: Path, data: Data, args: Args, labels: Path) -> None:
 
 def main(args: Args) -> Row:
     """Label a part of a data set; return the printed summary. Raises UserError."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name it cannot show ends no job
     folder, config = Path(args.dataset), {"classes": []}
     if args.teacher == "student" and args.student:
         _, config = load_student(args.student)
