@@ -501,7 +501,7 @@ FIRST, IN_A_ROW = 3, 25  # rows without an answer that stop a run: at its start,
 OURS = ("model", "messages", "stream", "n", "max_tokens", "max_completion_tokens")  # see prepared
 REASONING = "(?:think|thinking|thought|reasoning)"  # in <> or []
 OF_OPTION = r"\b(max_tokens|temperature|top_logprobs|logprobs)\b"
-OF_LENGTH = "(?i)context.{0,9}(size|length|window)|too (long|large)|exceeds? .{0,20}(length|tokens)"
+OF_LENGTH = "(?i)context.{0,9}(size|length|window)|too (long|large)|exceed.{0,20}token|got -"
 STOPS = {  # pattern of "STATUS TEXT" that no repetition changes: what the user can do
     "^3": "; the server redirects to {}",
     "^401": "; name the variable with its key: --key-variable",
@@ -701,7 +701,7 @@ def label_with_chat(data: Data, todo: list[int], args: Args, proven: bool = Fals
                     yield row | {"usage": usage}
                     usage, silent, waiting, answered, proven = [0, 0], 0, [], True, True
                 elif ends or refused or attempt < verdict.tries:
-                    if status not in told or not answered:
+                    if not ends and (status not in told or not answered):
                         tqdm.write(f"asking again, {reason}")
                         told.add(status)
                     if refused and options.pop(refused[0], None) and refused[0] == "max_tokens":
@@ -748,7 +748,7 @@ def read_csv(path: Path, part: Split, classes: list[str]) -> list[int | str]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = list(csv.DictReader(file))
     column, names = ("text", part.x) if part.is_text else ("file", part.files)
-    key_of = str if part.is_text else os.path.basename  # wherever the folder is
+    key_of = str.strip if part.is_text else os.path.basename  # wherever the folder is
     keys = [key_of(line.get(column, "")) for line in lines]
     if names is None or len({*keys}) < len(lines):
         column, names, key_of = "index", range(len(lines)), int
