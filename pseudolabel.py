@@ -153,7 +153,7 @@ def read_rows(path: Path, **wanted: Any) -> tuple[Row, list[Row], int]:
     for key in wanted if rows else ():
         if wanted[key] != header.get(key):
             reason = f"{key} {header.get(key)!r:.90}, expected {wanted[key]!r:.90}"
-            raise UserError(f"{path}: made for {reason}; choose another file, here by --output")
+            raise UserError(f"{path}: made for {reason}; label other data to another --output")
     return header, rows, len(content)
 
 
@@ -709,7 +709,7 @@ def label_with_chat(data: Data, todo: list[int], args: Args, proven: bool = Fals
                     pause = max(verdict.after, PAUSE * 2**attempt) * random.uniform(1, 1.5)
                     queue.append((i, attempt + 1, 0.0 if refused else pause))
                 else:
-                    silent += 1 if proven else attempt
+                    silent += 1 if answered else attempt
                     if kind == "no answer":
                         waiting.append(row)
                     else:
@@ -913,7 +913,8 @@ def summary(path: Path, rows: list[Row], data: Data, args: Args) -> Row:
     said = "{path}: {labeled} of {} labeled, {abstentions} abstentions ({:.1%}), {with_probs} with "
     print((said + "probs").format(len(y), result["abstentions"] / max(1, labeled), **result))
     print("labels per class:", class_counts(labels, data.classes))
-    scales = {"so far": 1, f"estimate for all {len(y)}": len(y) / max(1, labeled)}
+    asked = len({row["index"] for row in rows if "index" in row})
+    scales = {"so far": 1, f"estimate for all {len(y)}": len(y) / max(1, asked)}
     for what, scale in scales.items() if any(used) else ():
         tokens, cost = np.multiply(scale, used), scale * result["cost"]
         print(f"{what}: {tokens[0]:.0f} tokens in, {tokens[1]:.0f} out, cost {cost:.4f}")

@@ -500,6 +500,16 @@ def test_a_reasoning_model_without_room_stops_early_and_nothing_is_final(serve, 
     assert counts(tmp_path)["sports"] == 60
 
 
+def test_a_resumed_run_does_not_wait_long_for_a_server_that_is_down(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(pseudolabel, "PAUSE", 0)
+    seen = []
+    run(text_data(300), tmp_path, serve(lambda body, _: answer("world")), dry_run=3)
+    url = serve(lambda body, _: seen.append(body) or error(503, "busy"))
+    with pytest.raises(common.UserError, match="no answer to the last rows: status 503.*busy"):
+        run(text_data(300), tmp_path, url)
+    assert len(seen) == 4 * pseudolabel.ATTEMPTS
+
+
 def test_one_long_thought_is_asked_again_by_the_next_run(serve, tmp_path):
     thought = {7}
     long = answer(None, (100, 32), finish_reason="length")
