@@ -26,7 +26,7 @@ A line with tokens but no label: asked, not answered; the next run asks again, f
 The file only grows and may be cut anywhere; the same command resumes after the last whole line.
 
 Departures from the authors' pipelines (jichan3751/zeromatch @8ca4079)
-  P1  An answer, its first line or one of its lines is a label, perhaps after "the answer is". Else
+  P1  An answer, its first sentence or one line is a label, perhaps after "the answer is". Else
       the answer is the only label in it (the longest, as whole words), unless the words around the
       label deny ("not", "no", "sorry") or the label is short ("no", "on"). Else there is none.
       Authors: substrings, the last class wins ("pink primrose": "rose"), else one fixed class.
@@ -245,13 +245,12 @@ LETTER = "Answer with the letter of one option and nothing else."
 LETTERS = "ABCDEFGHIJKLMNOPQRST"  # of options: endpoints send the 20 most probable tokens
 
 OTHER = r"\u0590-\u1dff\u2190-\u2bff\u3040-\ufaff\U0001f000-\U0003ffff"  # scripts, symbols
-WORD = (  # a number; letters (Latin, Greek, Cyrillic); one character of another script; a sign
-    rf"(?<![^\W_])[-+]?\d+(?:\.\d+)?(?![^\W_])|[^\W_{OTHER}]+|[{OTHER}]|[+#<>=%&$@]"
-)
-DENIALS = r"""(?x)(?<!\S)(not|no|neither|nor|never|none|without|lacks|isnt|doesnt|dont|sorry|unable|
-unclear|unsure|refuse|decline|apologize|nicht|kein|keine|pas|ni|не|нет|[不没沒非未无無])(?!\S)"""
-LEAD = r"""(?x)^((a|an|the|my|final|correct|best|answer|label|class|category|topic|option|text|
-image|photo|review|it|this|that|is|s|was|looks|like|shows|i|d|would|say|think|about|of)\ )+"""
+# a number; letters (Latin, Greek, Cyrillic); one character of another script; a sign
+WORD = rf"(?<![^\W_])[-+]?\d+(?:\.\d+)?(?![^\W_])|[^\W_{OTHER}]+|[{OTHER}]|[+#<>=%&$@]"
+DENIALS = r"""(?x)(?<!\S)(not|no|neither|nor|never|none|nothing|without|lacks|isnt|doesnt|dont|false|
+anti|hardly|opposite|unlike|impossible|sorry|unable|unclear|unsure|refuse|decline|violates|nicht|
+kein|keine|guidelines|pas|ni|não|не|нет|[不没沒非未无無]|な\ い|아\ 니|न\ ह|ل\ ي\ س)(?!\S)"""
+LEAD = r"^((my|final|best|answer|label|class|category|topic|text|image|it|this|that|is|s|an?) )+"
 
 
 @lru_cache(10_000)
@@ -287,8 +286,9 @@ def parse_answer(answer: str, classes: list[str], lettered: bool = False) -> int
         found = json.loads(answer[answer.find("{") : answer.rfind("}") + 1], strict=False)
         value = found["label"] if "label" in found else [*found.values()]
         answer = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    whole, *lines = [named(text, classes) for text in (answer, *answer.strip().splitlines())]
-    for found in {whole} - {None}, {*lines[:1]} - {None}, {*lines} - {None}:
+    first = re.split(r"[.!;]\s|\n", answer)[0]
+    for texts in [answer], [first], answer.splitlines():
+        found = {named(text, classes) for text in texts} - {None}
         if len(found) == 1:
             return found.pop()
     labels, inside, end = [forms_of(name)[1] for name in classes], set(), 0

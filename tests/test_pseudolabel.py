@@ -276,6 +276,10 @@ TWO = ["sports", "world"]
         ("I am unable to label politics.", ["other", "politics"], None),
         ("\u8fd9\u4e0d\u662f\u4f53\u80b2", SCRIPTS, None),  # this is not sports
         ("I cannot decide between\n- sports\n- world", TWO, None),
+        ("Spam: false", ["ham", "spam"], None), ("anti-vaccine", ["vaccine", "x"], None),
+        ("This violates my guidelines on violence.", ["violence", "x"], None),
+        ("\u4f53\u80b2\u3067\u306f\u306a\u3044", SCRIPTS, None),  # Japanese: it is not
+        ("World. It is not about sports.", TWO, "world"), ("World sports", TWO, None),
         # short words
         ("I have no idea.", ["no", "yes"], None), ("No", ["no", "yes"], "no"), 
         ("on", ["on", "off"], "on"),
