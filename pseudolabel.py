@@ -153,7 +153,7 @@ def read_rows(path: Path, **wanted: Any) -> tuple[Row, list[Row], int]:
     for key in wanted if rows else ():
         if wanted[key] != header.get(key):
             reason = f"{key} {header.get(key)!r:.90}, expected {wanted[key]!r:.90}"
-            raise UserError(f"{path}: made for {reason}; label other data to another --output")
+            raise UserError(f"{path}: made for {reason}; new data or settings need a new --output")
     return header, rows, len(content)
 
 
@@ -247,9 +247,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRST"  # of options: endpoints send the 20 most proba
 OTHER = r"\u0590-\u1dff\u2190-\u2bff\u3040-\ufaff\U0001f000-\U0003ffff"  # scripts, symbols
 # a number; letters (Latin, Greek, Cyrillic); one character of another script; a sign
 WORD = rf"(?<![^\W_])[-+]?\d+(?:\.\d+)?(?![^\W_])|[^\W_{OTHER}]+|[{OTHER}]|[+#<>=%&$@]"
-DENIALS = r"""(?x)(?<!\S)(not|no|neither|nor|never|none|nothing|without|lacks|isnt|doesnt|dont|false|
-anti|hardly|opposite|unlike|impossible|sorry|unable|unclear|unsure|refuse|decline|violates|nicht|
-kein|keine|guidelines|pas|ni|não|не|нет|[不没沒非未无無]|な\ い|아\ 니|न\ ह|ل\ ي\ س)(?!\S)"""
+DENIALS = r"""(?x)(?<!\S)(not|no|neither|nor|never|none|nothing|without|lacks|isnt|doesnt|dont|
+false|anti|hardly|opposite|unlike|impossible|sorry|unable|unclear|unsure|refuse|decline|violates|
+nicht|kein|keine|guidelines|pas|ni|não|не|нет|[不没沒非未无無]|な\ い|아\ 니|न\ ह|ل\ ي\ س)(?!\S)"""
 LEAD = r"^((my|final|best|answer|label|class|category|topic|text|image|it|this|that|is|s|an?) )+"
 
 
