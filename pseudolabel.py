@@ -26,9 +26,9 @@ A line with tokens but no label: asked, not answered; the next run asks again, f
 The file only grows and may be cut anywhere; the same command resumes after the last whole line.
 
 Departures from the authors' pipelines (jichan3751/zeromatch @8ca4079)
-  P1  An answer, its first sentence or one line is a label, perhaps after "the answer is". Else
-      the answer is the only label in it (the longest, as whole words), unless the words around the
-      label deny ("not", "no", "sorry") or the label is short ("no", "on"). Else there is none.
+  P1  A label is read if the answer, its first sentence or just one of its lines names it, perhaps
+      after "the answer is"; or if the answer holds no other label (the longest, as whole words), no
+      word around it denies ("not", "no", "sorry" ...), and it is not as short as "no" or "on".
       Authors: substrings, the last class wins ("pink primrose": "rose"), else one fixed class.
   P2  Local language models write no answer. They score every label: the log-probabilities of its
       tokens and of the end of the answer (or one label could begin another), not divided by length.
