@@ -22,11 +22,14 @@ The file. Line 1 is a header: data set, split, class names in order, a fingerpri
 teacher, model, prompt, settings. Every other line is one example, in any order:
     {"index": 17, "label": 3, "probs": [...]}
 Label null: no answer. Chat adds the raw answer and the tokens (in, out) billed since the last line.
+A line with tokens but no label: asked, not answered; the next run asks again, for the last time.
 The file only grows and may be cut anywhere; the same command resumes after the last whole line.
 
 Departures from the authors' pipelines (jichan3751/zeromatch @8ca4079)
-  P1  An answer is a label, else the longest label it contains as whole words, else none. Authors:
-      substrings, the last class wins ("pink primrose" becomes "rose"), else one fixed class.
+  P1  A label is read if the answer, its first sentence or just one of its lines names it, perhaps
+      after "the answer is"; or if the answer holds no other label (the longest, as whole words), no
+      word around it denies ("not", "no", "sorry" ...), and it is not as short as "no" or "on".
+      Authors: substrings, the last class wins ("pink primrose": "rose"), else one fixed class.
   P2  Local language models write no answer. They score every label: the log-probabilities of its
       tokens and of the end of the answer (or one label could begin another), not divided by length.
   P3  Class names in prompts have spaces instead of underscores.
@@ -49,12 +52,14 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
+import unicodedata
 import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Iterator, Literal, NamedTuple
 
@@ -66,15 +71,14 @@ from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image, to
 from tqdm import tqdm
 
 from common import (
-    OWN, PRESETS, Data, SmallCNN, Student, UserError, class_counts, cli, decode, files_below,
-    first_process_first, load_data, load_pretrained, load_student, make_views, predict,
-    preset_of, reason_of, seed_step, setup_device, share_right, write_atomically,
+    OWN, PRESETS, Data, SmallCNN, Split, Student, UserError, class_counts, cli, decode, files_below,
+    first_process_first, load_data, load_pretrained, load_student, make_views, predict, preset_of,
+    reason_of, seed_step, setup_device, share_right, write_atomically,
 )  # fmt: skip
 
 FORMAT = "zeromatch-labels-1"
 Row = dict[str, Any]  # a line of a label file
 Rows = Iterator[Row]
-# what reading JSON of another shape can raise
 ODD = (ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration)
 
 
@@ -91,8 +95,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of local models
     batch_size: int = 32  # examples per forward pass of a local model
     model: str | None = None
-    """Hub id, folder, or name at the endpoint. Unset: openai/clip-vit-large-patch14,
-    google/flan-t5-large, sentence-transformers/all-MiniLM-L6-v2. The paper also uses
+    """Hub id, folder, or name at the endpoint; unset: see README. The paper also uses
     google/flan-t5-xxl, gpt-4o-2024-08-06 (texts), gpt-4.1-2025-04-14 (images)."""
     prompt: str | None = None
     """text, chat: file with a question that contains {text} and {options}. clip, embedding: file of
@@ -150,13 +153,13 @@ def read_rows(path: Path, **wanted: Any) -> tuple[Row, list[Row], int]:
     for key in wanted if rows else ():
         if wanted[key] != header.get(key):
             reason = f"{key} {header.get(key)!r:.90}, expected {wanted[key]!r:.90}"
-            raise UserError(f"{path}: made for {reason}; give another file or delete this one")
+            raise UserError(f"{path}: made for {reason}; new data or settings need a new --output")
     return header, rows, len(content)
 
 
 def is_valid(row: Row, n: int, k: int) -> bool:
-    """Whether a row suits n examples and k classes. A row of usage alone had no answer."""
-    row = {"index": 0, "label": 0} | row if row.keys() == {"usage"} else row
+    """Whether a row suits n examples and k classes. One with usage but no label had no answer."""
+    row = {"index": 0, "label": None} | row if "usage" in row and "label" not in row else row
     with suppress(KeyError, TypeError):
         label, probs = row["label"], row.get("probs", [0] * k)
         whole = [row["index"], 0 if label is None else label, *row.get("usage", [0, 0])]
@@ -171,7 +174,7 @@ def collect(path: Path, rows: list[Row], n: int, k: int) -> tuple[np.ndarray, np
     UserError for a row that is not valid and for an index that occurs twice."""
     labels, probs = np.full(n, -2), np.full((n, k), np.nan, np.float32)
     for number, row in enumerate(rows, 2):
-        index = row.get("index")
+        index = row.get("index") if "label" in row else None
         if not is_valid(row, n, k) or index is not None and labels[index] != -2:
             raise UserError(f"{path}: line {number} is damaged or not unique: {row!s:.90}")
         if index is not None:
@@ -188,6 +191,8 @@ def read_labels(path: str | Path, data: Data, split: str) -> tuple[np.ndarray, n
     labels, probs = collect(path, rows, len(data.part(split)), len(data.classes))
     if missing := (labels == -2).sum():
         raise UserError(f"{path}: {missing} of {len(labels)} examples have no label yet; resume it")
+    if (labels == -1).all():
+        raise UserError(f"{path}: the teacher answered nothing: every label is null")
     return labels, None if np.isnan(probs).any() else probs
 
 
@@ -200,10 +205,10 @@ def open_labels(path: Path, header: Row) -> tuple[Any, list[Row]]:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # no lock on Windows
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise UserError(f"{path}: another process writes to it; set another --output") from None
+    except (ImportError, OSError):
+        pass  # no locks on Windows and on some file systems
     _, rows, length = read_rows(path, **header) if path.stat().st_size else ({}, [], 0)
     collect(path, rows, header["num_examples"], len(header["classes"]))  # damaged: left as it is
     os.truncate(path, length if rows else 0)
@@ -239,11 +244,32 @@ WORDS = "Answer with one of the options, word for word, and nothing else."
 LETTER = "Answer with the letter of one option and nothing else."
 LETTERS = "ABCDEFGHIJKLMNOPQRST"  # of options: endpoints send the 20 most probable tokens
 
+OTHER = r"\u0590-\u1dff\u2190-\u2bff\u3040-\ufaff\U0001f000-\U0003ffff"  # scripts, symbols
+# a number; letters (Latin, Greek, Cyrillic); one character of another script; a sign
+WORD = rf"(?<![^\W_])[-+]?\d+(?:\.\d+)?(?![^\W_])|[^\W_{OTHER}]+|[{OTHER}]|[+#<>=%&$@]"
+DENIALS = r"""(?x)(?<!\S)(not|no|neither|nor|never|none|nothing|without|lacks|isnt|doesnt|dont|
+false|anti|hardly|opposite|unlike|impossible|sorry|unable|unclear|unsure|refuse|decline|violates|
+nicht|kein|keine|guidelines|pas|ni|não|не|нет|[不没沒非未无無]|な\ い|아\ 니|न\ ह|ل\ ي\ س)(?!\S)"""
+LEAD = r"^((my|final|best|answer|label|class|category|topic|text|image|it|this|that|is|s|an?) )+"
 
-def words_of(text: str) -> str:
-    """Lower-case words separated by spaces, without articles unless nothing else is left."""
-    words = re.findall(r"[^\W_]+", text.casefold())
-    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+
+@lru_cache(10_000)
+def forms_of(text: str) -> tuple[str, str, str]:
+    """A text in NFC and folded case; its words (see WORD) with a space between, without articles
+    unless nothing else is left; its words after a LEAD."""
+    plain = unicodedata.normalize("NFC", text).casefold().replace("\u0307", "").strip(" \n.\"'`*")
+    words = re.sub(r"n['\u2019]t\b|\b(non|cannot)\b", " not", plain.replace("_", " "))
+    words = re.findall(WORD, re.sub(r"(\d)\.0+\b", r"\1", words))
+    words = " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+    return plain, words, re.sub(LEAD, "", words)
+
+
+def named(text: str, classes: list[str]) -> int | None:
+    """The one class whose name is a text, in any of its forms."""
+    for form, *names in zip(forms_of(text), *map(forms_of, classes)):
+        if form and names.count(form) == 1:
+            return names.index(form)
+    return None
 
 
 def option_number(mark: str, num_classes: int) -> int:
@@ -253,23 +279,29 @@ def option_number(mark: str, num_classes: int) -> int:
 
 
 def parse_answer(answer: str, classes: list[str], lettered: bool = False) -> int | None:
-    """Class of an answer: the label itself, else the longest label inside it, else (if the options
-    are lettered) the letter at its beginning or end. None if there is none or several.  # P1"""
-    answer = answer.rpartition("</think>")[2]
-    with suppress(*ODD):  # not JSON with a label
+    """Class of an answer by rule P1, else (if the options are lettered) of the letter at its
+    beginning or end; of JSON, the field "label" or all values are read. None: none or several."""
+    answer = spoken(answer)
+    with suppress(*ODD):  # not a JSON object
         found = json.loads(answer[answer.find("{") : answer.rfind("}") + 1], strict=False)
-        answer = found["label"] + ""
-    bare = answer.strip(" \t\r\n.\"'`*").casefold()
-    exact = [number for number, name in enumerate(classes) if name.casefold() == bare]
-    if len(exact) == 1:
-        return exact[0]
-    labels, inside, end = [words_of(name) for name in classes], set(), 0
-    longest_first = "|".join(sorted(filter(None, labels), key=len, reverse=True))
-    for match in re.finditer(rf"\b(?=({longest_first})\b)", words_of(answer)):
+        value = found["label"] if "label" in found else [*found.values()]
+        answer = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    first = re.split(r"[.!;]\s|\n", answer)[0]
+    for texts in [answer], [first], answer.splitlines():
+        found = {named(text, classes) for text in texts} - {None}
+        if len(found) == 1:
+            return found.pop()
+    labels, inside, end = [forms_of(name)[1] for name in classes], set(), 0
+    longest_first = "|".join(map(re.escape, sorted(filter(None, labels), key=len, reverse=True)))
+    words = forms_of(answer)[1]
+    if re.search(DENIALS, re.sub(rf"(?<!\S)({longest_first})(?!\S)", "", words)):
+        return None
+    for match in re.finditer(rf"(?<!\S)(?=({longest_first})(?!\S))", words):
         if match.end(1) > end:  # not inside the previous label
             inside.add(match[1])
             end = match.end(1)
-    found = {number for number, label in enumerate(labels) if label and label in inside}
+    is_short = re.fullmatch(r"[^\W\d]{1,2}|yes", " ".join(inside))
+    found = {n for n, label in enumerate(labels) if label and label in inside and not is_short}
     if lettered and not found:
         marks = re.findall(r"^\W*(\w+)(?=[.):,\n]|\W*$)|(\w+)\W*$", answer)
         found = {option_number("".join(mark), len(classes)) for mark in marks} - {-1}
@@ -465,61 +497,91 @@ def label_with_text_model(data: Data, todo: list[int], args: Args) -> Rows:
 # ---------------------------------------------------------------------------- teacher: chat
 
 ATTEMPTS, PAUSE, LONGEST_WAIT = 8, 0.5, 600  # requests per example and run; seconds; seconds
+FIRST, IN_A_ROW = 3, 25  # rows without an answer that stop a run: at its start, later
 OURS = ("model", "messages", "stream", "n", "max_tokens", "max_completion_tokens")  # see prepared
+REASONING = "(?:think|thinking|thought|reasoning)"  # in <> or []
 OF_OPTION = r"\b(max_tokens|temperature|top_logprobs|logprobs)\b"
-OF_ROW = "content_filter|content_policy_violation|context_length_exceeded"
+OF_LENGTH = "(?i)context.{0,9}(size|length|window)|too (long|large)|exceed.{0,20}token|got -"
+STOPS = {  # pattern of "STATUS TEXT" that no repetition changes: what the user can do
+    "^3": "; the server redirects to {}",
+    "^401": "; name the variable with its key: --key-variable",
+    "^(402|404|405|[12])": "",
+    "^0 .*Cert": "; set SSL_CERT_FILE to the certificate of your authority",
+    "^0 .*(gaierror|ConnectionRef|unreachable|No route|InvalidURL|SSL: W)": "; check --base-url",
+    "(?is)^[45].[^2].*(insufficient.?(quota|credit|balance)|balance.{0,9}(insuffic|too low))": "",
+}
 
 
 class Verdict(NamedTuple):
     kind: str  # "answered", "no answer" (for this row), "ask again" or "stop" (the run)
-    text: str  # the answer, or the reason
+    text: str  # the answer, or what the server said
     usage: list[int] = [0, 0]  # tokens (in, out) that the reply reports
-    after: float = 0.0  # ask again after so many seconds ...
-    without: Any = ()  # ... and without one of these options
+    tries: int = 1  # requests of a row until this verdict holds; "ask again": in a later run
+    hint: str = ""  # what the user can do; of an answer: it was cut
     logprobs: Any = None
+    after: float = 0.0  # seconds until the next try
+    without: Any = ()  # options of ours that the reply names
+
+
+def spoken(text: str) -> str:
+    """What follows the reasoning, without tokens such as <|end|>; "" if the reasoning is open."""
+    after = re.split(rf"(?i)[<[]/{REASONING}[>\]]|<\|channel\|>final<\|message\|>", text)[-1]
+    is_open = re.search(rf"(?i)[<[]{REASONING}[>\]]|<\|channel\|>", after)
+    return "" if is_open else re.sub(r"<\|[^|]*\|>", " ", after).strip()
 
 
 def classify(status: int, headers: Any, body: bytes) -> Verdict:
     """Decide what a reply of a chat endpoint means; the first line that fits decides.
 
-    status                    body or header                   verdict
-    200                       a choice with text               answered
-    200                       a choice without text            no answer, but a finish_reason
-    200                       an error object                  as its code, else as 500
-    200                       anything else                    ask again
-    400, 413, 422             content filter, context length   no answer
-    400, 422                  names one of our options         ask again, without the option
-    429                       insufficient quota, billing      stop
-    408, 409, 429, 5xx, none  Retry-After over LONGEST_WAIT    stop
-    408, 409, 429, 5xx, none  anything else                    ask again, after Retry-After
-    any other                                                  stop"""
+    status                   body                              verdict           tries
+    200                      an error, finish_reason error     as its code, else as 500
+    200                      an answer (parts are joined)      answered
+    200                      no answer; cut, or reasoning      ask again         1
+    200                      no answer; no choices, null       no answer         2
+    200                      no JSON object, odd content       ask again         ATTEMPTS
+    any                      one of STOPS                      stop
+    5xx                      this row is too long              no answer         1
+    0, 408, 409, 425, 429,   Retry-After over LONGEST_WAIT     stop
+    5xx                      anything else                     ask again         ATTEMPTS
+    any other                anything (length, content ...)    no answer         1
+
+    No answer is label null. A row to ask again is asked by the next run, and gets null if it fails
+    there. FIRST rows without an answer at the beginning, or IN_A_ROW later, stop the run."""
     text, usage = body.decode("utf-8", "replace"), [0, 0]
     if status == 200:
         try:
             reply = json.loads(text)
-            used = reply.get("usage") or {}
+            used = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
             used = [used.get("prompt_tokens"), used.get("completion_tokens")]
-            usage = [count if type(count) is int and count > 0 else 0 for count in used]
-            if "error" in reply and not reply.get("choices"):
-                code = reply["error"].get("code")
-                code = code if code in range(400, 600) else 500
+            usage = [int(n) if type(n) in (int, float) and 0 < n < 1e12 else 0 for n in used]
+            choice = (reply.get("choices") or [{}])[0]
+            finish, message = choice.get("finish_reason"), choice.get("message") or {}
+            if error := reply.get("error") or choice.get("error") or finish == "error":
+                code = str(error.get("code")) if isinstance(error, dict) else ""
+                code = int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500
                 return classify(code, headers, body)._replace(usage=usage)
-            choice = reply["choices"][0]
-            if answer := choice["message"]["content"]:
-                return Verdict("answered", answer + "", usage, logprobs=choice.get("logprobs"))
-            return Verdict("no answer", f"finish_reason {choice.get('finish_reason')}", usage)
-        except ODD as error:
-            return Verdict("ask again", f"{type(error).__name__}: {error}", usage)
-    if status in (400, 413, 422) and re.search(OF_ROW, text):
-        return Verdict("no answer", text)
-    if status in (400, 422) and (named := re.findall(OF_OPTION, text)):
-        return Verdict("ask again", text, without=named)
-    after = headers.get("Retry-After", "")  # seconds; a date is not waited for
-    seconds = float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0.0
-    broke = status == 429 and re.search("insufficient_quota|billing", text)
-    if status not in {0, 408, 409, 429, *range(500, 600)} or broke or seconds > LONGEST_WAIT:
-        return Verdict("stop", text)
-    return Verdict("ask again", text, after=seconds)
+            content = message.get("content") or ""
+            parts = [{"text": content}] if isinstance(content, str) else content + []
+            content = "".join(part.get("text") or "" for part in parts)
+            answer, thoughts = spoken(content), map(message.get, ("reasoning_content", "reasoning"))
+            cut = finish in ("length", "max_tokens") or not answer and any([content, *thoughts])
+            hint = "; reasoning models need a larger --max-tokens" if cut else ""
+            if answer:
+                return Verdict("answered", content, usage, 1, hint, choice.get("logprobs"))
+            kind, tries = ("ask again", 1) if cut else ("no answer", 2)
+            return Verdict(kind, json.dumps(choice) if choice else text, usage, tries, hint)
+        except ODD:
+            return Verdict("ask again", text, usage, ATTEMPTS)
+    for pattern, hint in STOPS.items():
+        if re.search(pattern, f"{status} {text}"):
+            return Verdict("stop", text, hint=hint.format(headers.get("Location")))
+    too_long = bool(re.search(OF_LENGTH, text))
+    if status in {0, 408, 409, 425, 429, *range(500, 600)} and not (status >= 500 and too_long):
+        after = headers.get("Retry-After", "")  # seconds; a date is not waited for
+        after = float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0.0
+        kind = "stop" if after > LONGEST_WAIT else "ask again"
+        return Verdict(kind, text, tries=ATTEMPTS, after=after)
+    return Verdict("no answer", text, without=() if too_long else re.findall(OF_OPTION, text))
 
 
 def read_answer(verdict: Verdict, classes: list[str], lettered: bool) -> Row:
@@ -527,15 +589,14 @@ def read_answer(verdict: Verdict, classes: list[str], lettered: bool) -> Row:
     letter k at the first token that is a letter, scaled to sum 1."""
     k, mass = len(classes), np.zeros(len(classes) + 1)  # the last entry: no letter
     with suppress(*ODD):  # no probabilities, or in another shape
-        tokens = verdict.logprobs["content"] if lettered else []
+        tokens = verdict.logprobs["content"] * lettered
         first = next(token for token in tokens if option_number(token["token"], k) >= 0)
         for other in first["top_logprobs"]:
-            mass[option_number(other["token"], k)] += math.exp(other["logprob"])
-    probs = mass[:k] / max(mass[:k].sum(), 1e-300)
-    if probs.any():
-        return {"label": int(probs.argmax()), "probs": probs.round(5).tolist()}
-    answered = verdict.kind == "answered"
-    return {"label": parse_answer(verdict.text, classes, lettered) if answered else None}
+            mass[option_number(other["token"], k)] += math.exp(min(0, other["logprob"]))
+        if np.isfinite(mass).all() and mass[:k].any():
+            probs = mass[:k] / mass[:k].sum()
+            return {"label": int(probs.argmax()), "probs": probs.round(5).tolist()}
+    return {"label": parse_answer(verdict.text, classes, lettered)}
 
 
 def connect(args: Args) -> tuple[str, dict[str, str], str]:
@@ -553,7 +614,7 @@ def connect(args: Args) -> tuple[str, dict[str, str], str]:
 
 
 def post(url: str, headers: Row, body: Row, timeout: float) -> tuple[int, Any, bytes]:
-    """(status, headers, content) of one request; status 0: `timeout` seconds without a byte."""
+    """(status, headers, content) of one request; status 0: no whole reply, the content says why."""
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     opener = urllib.request.OpenerDirector()  # follows no redirect: it would carry the key along
     for name in ("ProxyHandler", "HTTPHandler", "HTTPSHandler"):
@@ -562,6 +623,7 @@ def post(url: str, headers: Row, body: Row, timeout: float) -> tuple[int, Any, b
         with opener.open(request, timeout=timeout) as reply:
             return reply.status, reply.headers, reply.read()
     except Exception as error:  # of the network, or a reply that is not HTTP
+        error = getattr(error, "reason", error)  # of a URLError
         return 0, {}, f"{type(error).__name__}: {error}".encode()
 
 
@@ -576,9 +638,10 @@ def content_of(x: Any, question: str, args: Args) -> Any:
     return [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
 
 
-def label_with_chat(data: Data, todo: list[int], args: Args) -> Rows:
+def label_with_chat(data: Data, todo: list[int], args: Args, proven: bool = False) -> Rows:
     """Rows in the order of the answers. The first request goes alone, to learn the options. Ctrl-C,
-    a refusal and --max-cost stop new requests; those in flight are paid for, so kept."""
+    a refusal and --max-cost stop new requests; those in flight are paid for, so kept. proven: the
+    endpoint has answered before. Rows without an answer wait for one: then the fault is theirs."""
     x, how = data.part(args.split).x, WORDS
     names = [name.replace("_", " ") for name in data.classes]  # P3
     (url, headers, key), options = connect(args), {"temperature": 0, "max_tokens": args.max_tokens}
@@ -589,18 +652,16 @@ def label_with_chat(data: Data, todo: list[int], args: Args) -> Rows:
     question = f"{how}\n\n{args.prompt.replace('{options}', ', '.join(names))}"
     queue = [(i, 1, 0.0) for i in reversed(todo)]  # example, attempt, pause; the last is next
     pool, flying, stop = ThreadPoolExecutor(args.concurrency), {}, threading.Event()
-    usage, spent, dearest = [0, 0], 0.0, 0.0  # usage: since the last row
-    answered, failed, ends = False, 0, []  # ends: exceptions that end the run
+    usage, spent, dearest, told = [0, 0], 0.0, 0.0, set()  # usage: since the last row
+    answered, silent, waiting, ends = False, 0, [], []  # waiting rows; exceptions that end the run
 
-    def ask(body: Row, pause: float) -> tuple[int, Any, bytes]:
+    def ask(i: int, options: Row, pause: float) -> tuple[int, Any, bytes]:
+        messages = [{"role": "user", "content": content_of(x[i], question, args)}]
+        body = {"model": args.model, "messages": messages, **options}
         return (0, {}, b"") if stop.wait(pause) else post(url, headers, body, args.timeout)
 
-    def end(error: BaseException) -> None:
-        ends.append(error)
-        stop.set()  # wakes those that wait to ask again
-
     def note(number: int, frame: Any) -> None:
-        end(KeyboardInterrupt())
+        ends.append(KeyboardInterrupt())
         signal.signal(number, signal.default_int_handler)  # a second one does not wait
         tqdm.write(f"stopping after {len(flying)} requests in flight; again: now")
 
@@ -612,39 +673,52 @@ def label_with_chat(data: Data, todo: list[int], args: Args) -> Rows:
                 if spent + (len(flying) + 1) * dearest > args.max_cost:
                     break
                 i, attempt, pause = queue.pop()
-                messages = [{"role": "user", "content": content_of(x[i], question, args)}]
-                body = {"model": args.model, "messages": messages, **options}
-                flying[pool.submit(ask, body, pause)] = i, attempt, body
+                flying[pool.submit(ask, i, dict(options), pause)] = i, attempt
+            if ends:
+                stop.set()  # wakes those that wait to ask again
             if not flying:
                 break
             for future in wait(flying, 0.2, FIRST_COMPLETED).done:  # 0.2 s: lets signals in
-                i, attempt, body = flying.pop(future)
+                i, attempt = flying.pop(future)
                 status, *reply = future.result()
                 verdict = classify(status, *reply)
                 text, used = verdict.text.replace(key or "\0", "[key]"), verdict.usage
-                reason = f"status {status}: {text[:200]}"
+                reason = f"{f'status {status}' if status else 'no reply'}: {text[:200]}"
+                advice = f"{reason}{verdict.hint}; what was answered is saved"
                 usage = np.add(usage, used).tolist()
                 dearest = max(dearest, cost_of([used[0], max(used[1], args.max_tokens)], args))
                 if status in (0, 200):  # lost or without usage: it may have cost as much as any
                     spent += cost_of(used, args) or dearest
-                refused = next((name for name in verdict.without if name in body), None)
-                if verdict.kind in ("answered", "no answer"):
-                    row = read_answer(verdict, data.classes, args.logprobs)
-                    yield {"index": i} | row | {"raw": text[:2000], "usage": usage}
-                    usage, answered, failed = [0, 0], True, 0
-                elif verdict.kind == "stop" or verdict.without and not refused:
-                    end(UserError(f"{url}: {reason}; what was answered is saved"))
-                elif attempt < ATTEMPTS:
-                    if not answered:
-                        tqdm.write(f"no answer yet, {reason}")
-                    if options.pop(refused, None) and refused == "max_tokens":
+                refused = [] if answered else [name for name in verdict.without if name in options]
+                kind, row = verdict.kind, {"index": i, "raw": text[:2000]}
+                if kind == "answered":
+                    row |= read_answer(verdict, data.classes, args.logprobs)
+                    kind = "ask again" if verdict.hint and row["label"] is None else kind
+                if kind == "stop":
+                    ends.append(UserError(f"{url}: {advice}"))
+                elif kind == "answered":
+                    yield from ({"label": None} | one for one in waiting)
+                    yield row | {"usage": usage}
+                    usage, silent, waiting, answered, proven = [0, 0], 0, [], True, True
+                elif ends or refused or attempt < verdict.tries:
+                    if not ends and (status not in told or not answered):
+                        tqdm.write(f"asking again, {reason}")
+                        told.add(status)
+                    if refused and options.pop(refused[0], None) and refused[0] == "max_tokens":
                         options["max_completion_tokens"] = args.max_tokens
                     pause = max(verdict.after, PAUSE * 2**attempt) * random.uniform(1, 1.5)
                     queue.append((i, attempt + 1, 0.0 if refused else pause))
                 else:
-                    failed += 1
-            if failed > (10 if answered else 0) and not ends:
-                end(UserError(f"{url}: {failed} examples in a row got no reply, last {reason}"))
+                    silent += 1 if answered else attempt
+                    if kind == "no answer":
+                        waiting.append(row)
+                    else:
+                        yield {"index": i, "raw": reason, "usage": usage}
+                        usage = [0, 0]
+                    if silent >= (IN_A_ROW if proven else min(FIRST, len(todo))):
+                        ends.append(UserError(f"{url}: no answer to the last rows: {advice}"))
+        for row in waiting:
+            yield row | ({"label": None} if proven and not ends else {"usage": [0, 0]})
         if any(usage):
             yield {"usage": usage}
     finally:
@@ -668,12 +742,22 @@ def load_arrays(path: Path) -> Row:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def read_csv(path: Path, classes: list[str]) -> list[int | str]:
-    """Column label of a CSV file, ordered by column index if it has one: numbers and names."""
+def read_csv(path: Path, part: Split, classes: list[str]) -> list[int | str]:
+    """Column label (numbers, names) of a CSV file in the order of the data: matched by a unique
+    column text or file, else by column index, else by order. Raises ValueError for missing rows."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = list(csv.DictReader(file))
-    found = {int(line.get("index", at)): line["label"].strip() for at, line in enumerate(lines)}
-    values = [found[at] for at in range(len(lines))]  # KeyError: not every index from 0 once
+    column, names = ("text", part.x) if part.is_text else ("file", part.files)
+    key_of = str.strip if part.is_text else os.path.basename  # wherever the folder is
+    keys = [key_of(line.get(column, "")) for line in lines]
+    if names is None or len({*keys}) < len(lines):
+        column, names, key_of = "index", range(len(lines)), int
+        keys = [int(line.get(column, at)) for at, line in enumerate(lines)]
+    print(f"{path}: rows are matched by {column if column in dict(*lines[:1]) else 'their order'}")
+    found = {key: line["label"].strip() for key, line in zip(keys, lines)}
+    if missing := {*map(key_of, names)} - found.keys():
+        raise ValueError(f"no row with {column} {min(missing)!s:.80}")
+    values = [found[key_of(name)] for name in names]
     values = [int(v) if v.isdecimal() and v not in classes else v for v in values]
     if None in [label_of(v, classes) for v in values if v != ""]:
         raise ValueError("expected names or numbers of classes")
@@ -693,7 +777,7 @@ def label_of(value: Any, classes: list[str]) -> int | None:
 def label_from_file(data: Data, todo: list[int], args: Args) -> Rows:
     """Rows of labels made elsewhere. Raises UserError if they are for other or reordered data."""
     path, part, classes = Path(args.input), data.part(args.split), data.classes
-    readers = {".csv": lambda path: read_csv(path, classes), ".npy": np.load}
+    readers = {".csv": lambda path: read_csv(path, part, classes), ".npy": np.load}
     try:
         found = readers.get(path.suffix, load_arrays)(path)
         found = {"pred_labels": found} if path.suffix in readers else found
@@ -721,13 +805,12 @@ def label_from_file(data: Data, todo: list[int], args: Args) -> Rows:
 # ---------------------------------------------------------------------------- main
 
 MINI_LM, BOTH = "sentence-transformers/all-MiniLM-L6-v2", "images texts"
-OF_CHAT = "max_chars logprobs extra_body image_size"
 TEACHERS = {  # function, kind of prompt, what it labels, default model, arguments for the header
     "glyphs": (label_with_network, None, "images", "cnn on rendered glyphs", ""),
     "clip": (label_by_cosine, TEMPLATE, "images", "openai/clip-vit-large-patch14", ""),
     "text": (label_with_text_model, QUESTION, "texts", "google/flan-t5-large", "max_chars"),
     "embedding": (label_by_cosine, TEMPLATE, "texts", MINI_LM, "max_chars temperature"),
-    "chat": (label_with_chat, QUESTION, BOTH, None, OF_CHAT),
+    "chat": (label_with_chat, QUESTION, BOTH, None, "max_chars logprobs extra_body image_size"),
     "student": (label_with_network, None, BOTH, None, ""),
     "import": (label_from_file, None, BOTH, None, ""),
 }
@@ -749,6 +832,8 @@ def prepared(data: Data, args: Args) -> Args:
     } | {
         f"--teacher {args.teacher} needs --{needed}": getattr(args, needed) is None,
         f"--teacher {args.teacher} does not label {kind}; choose another": kind not in reads,
+        f"two classes differ only in case, {', '.join(data.classes):.200}; rename one":
+            which and len({forms_of(name)[0] for name in data.classes}) < k,
         f"--logprobs: {k} classes, at most 20 fit; leave it out": args.logprobs and k > 20,
         "--max-cost needs --price-in and --price-out":
             args.max_cost is not None and not args.price_in + args.price_out > 0,
@@ -778,22 +863,31 @@ def label(data: Data, args: Args) -> Row:
     settings = {setting: getattr(args, setting) for setting in settings.split()}
     header = header_of(data, args.split, args.teacher, model, args.prompt, settings)
     path = Path(args.output or f"{args.data_dir}/labels/{name}.jsonl")
+    given = [file for file in (args.dataset, args.test_file, args.prompt, args.input) if file]
+    for file, read in (args.csv, [path, *given]), (args.output, given):
+        if file and os.path.realpath(file) in map(os.path.realpath, read):
+            raise UserError(f"{file} is an input or the label file; write to another file")
     file, rows = open_labels(path, header)
-    done = {row.get("index") for row in rows}
-    todo = [i for i in range(header["num_examples"]) if i not in done]
+    done = {row["index"] for row in rows if "label" in row}
+    tried = {row["index"] for row in rows if "index" in row} - done
+    todo, y = [i for i in range(header["num_examples"]) if i not in done], data.part(args.split).y
     if args.dry_run:
-        todo = todo[:: max(1, len(todo) // args.dry_run)][: args.dry_run]
+        random.Random(0).shuffle(todo)  # a fair sample
+    todo = sorted(todo, key=lambda i: (i in tried, y[i] < 0))[: args.dry_run]  # the known first
     costs = [cost_of(row.get("usage", [0, 0]), args) for row in rows]
     left = (math.inf if args.max_cost is None else args.max_cost) - sum(costs)
     todo = todo if max(costs, default=0.0) <= left else []  # one more might cost as much
+    more = [bool(done)] if args.teacher == "chat" else []
     try:
         with file, tqdm(total=len(todo), desc=name, disable=None) as bar:
-            for row in teach(data, todo, replace(args, max_cost=left)) if todo else ():
+            for row in teach(data, todo, replace(args, max_cost=left), *more) if todo else ():
+                if row.get("index") in tried:
+                    row.setdefault("label", None)  # no answer in two runs
                 line = (json.dumps(row) + "\n").encode()
                 if file.write(line) < len(line):
                     raise UserError(f"could not write all of {path}: make room and resume")
                 rows.append(row)
-                bar.update("index" in row)
+                bar.update("label" in row)
     finally:
         result = summary(path, rows, data, args)
     return result
@@ -816,15 +910,21 @@ def summary(path: Path, rows: list[Row], data: Data, args: Args) -> Row:
         "abstentions": int((labels == -1).sum()), "with_probs": int((probs[:, 0] >= 0).sum()),
         "cost": cost_of(used, args), "accuracy": 100 * right / total if total else None,
     }  # fmt: skip
-    said = "{path}: {labeled} of {} labeled, {abstentions} abstentions, {with_probs} with probs"
-    print(said.format(len(y), **result))
+    said = "{path}: {labeled} of {} labeled, {abstentions} abstentions ({:.1%}), {with_probs} with "
+    print((said + "probs").format(len(y), result["abstentions"] / max(1, labeled), **result))
     print("labels per class:", class_counts(labels, data.classes))
-    scales = {"so far": 1, f"estimate for all {len(y)}": len(y) / max(1, labeled)}
+    asked = len({row["index"] for row in rows if "index" in row})
+    scales = {"so far": 1, f"estimate for all {len(y)}": len(y) / max(1, asked)}
     for what, scale in scales.items() if any(used) else ():
         tokens, cost = np.multiply(scale, used), scale * result["cost"]
         print(f"{what}: {tokens[0]:.0f} tokens in, {tokens[1]:.0f} out, cost {cost:.4f}")
     if total:
-        print(f"accuracy {share_right(right, total)} known labels")
+        print(f"accuracy {share_right(right, total)} known labels; by class, most mistakes first:")
+        given = [labels[known & (y == k)] for k in range(len(data.classes))]
+        for k in sorted(range(len(given)), key=lambda k: -(given[k] != k).sum())[:15]:
+            good, none = (given[k] == k).sum(), (given[k] == -1).sum()
+            wrong = len(given[k]) - good - none
+            print(f"  {data.classes[k]}: {good} right, {wrong} wrong, {none} without an answer")
     return result
 
 
@@ -838,14 +938,13 @@ def default_labels(
 
     def complete(path: Path) -> bool:
         header, rows, _ = read_rows(path) if path.is_file() else ({}, [], 0)
-        return sum("index" in row for row in rows) == header.get("num_examples")
+        return sum("label" in row for row in rows) == header.get("num_examples")
 
     if data.name == "digits":
-        train, test = (folder / f"digits-{split}-glyphs.jsonl" for split in ("train", "test"))
-        for path, split in {train: "train", test: "test"}.items():
-            if not complete(path):
-                label(data, Args(split=split, data_dir=data_dir, device="cpu"))
-        return str(train), str(test)
+        paths = {split: folder / f"digits-{split}-glyphs.jsonl" for split in ("train", "test")}
+        for split in [split for split, path in paths.items() if not complete(path)]:
+            label(data, Args(split=split, data_dir=data_dir, device="cpu"))
+        return str(paths["train"]), str(paths["test"])
     found = sorted(p for p in folder.glob("*.jsonl") if p.name.startswith(prefix) and complete(p))
     if len(found) > 1:
         raise UserError(f"several label files: {', '.join(map(str, found))}; set --pseudolabels")
@@ -853,9 +952,7 @@ def default_labels(
         teacher = "text" if data.train.is_text else "clip"
         command = f"pseudolabel.py --dataset {dataset or data.name} --teacher {teacher}"
         command += f" --test-file {test_file}" if test_file else ""
-        raise UserError(
-            f"no labels of {data.name} in {folder}; run {command} or set --pseudolabels"
-        )
+        raise UserError(f"no labels of {data.name} in {folder}; run {command}, set --pseudolabels")
     if not found:
         found = [Path(label(data, Args(data.name, teacher="clip", data_dir=data_dir))["path"])]
     test = folder / f"{data.name}-test-{found[0].name.removeprefix(prefix)}"
@@ -866,8 +963,8 @@ def write_csv(path: Path, data: Data, args: Args, labels: Path) -> None:
     """Write a label file as CSV: index, file or text, label, one probability per class."""
     part, (_, rows, _) = data.part(args.split), read_rows(labels)
     names = part.x if part.is_text else part.files
-    rows = {row["index"]: row for row in rows if "index" in row}
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    rows = {row["index"]: row for row in rows if "label" in row}
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         out = csv.writer(file)
         out.writerow(["index", "text" if part.is_text else "file", "label", *data.classes])
         for i, row in sorted(rows.items()):
@@ -879,6 +976,7 @@ def write_csv(path: Path, data: Data, args: Args, labels: Path) -> None:
 
 def main(args: Args) -> Row:
     """Label a part of a data set; return the printed summary. Raises UserError."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name it cannot show ends no job
     folder, config = Path(args.dataset), {"classes": []}
     if args.teacher == "student" and args.student:
         _, config = load_student(args.student)

@@ -1,10 +1,13 @@
 """Label files, answers, imported labels, and local teachers on tiny models."""
 
+import errno
 import json
 import os
 import pickle
 import random
 import resource
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -166,6 +169,17 @@ def test_two_processes_do_not_write_to_one_file(tmp_path):
     pseudolabel.open_labels(tmp_path / "l.jsonl", header)[0].close()
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, code):
+    def no_locks(*given):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    data = image_data()
+    pseudolabel.label(data, import_args(tmp_path, [0, 1, 2, 0, 1, 2]))
+    assert read_labels(tmp_path / "l.jsonl", data, "train")[0].tolist() == [0, 1, 2] * 2
+
+
 def test_a_full_disk_is_one_line_and_keeps_whole_lines(tmp_path):
     data, args = image_data(100), import_args(tmp_path, np.arange(100) % 3)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -243,6 +257,68 @@ def test_no_answer_breaks_the_parser(seed):
     answer = rng.choice([text(0, 30), text(0, 5) + rng.choice(classes) + text(0, 5)])
     label = parse_answer(answer, classes, rng.random() < 0.5)
     assert label is None or 0 <= label < len(classes)
+
+
+SCRIPTS = ["\u4f53\u80b2", "\u8d22\u7ecf"]  # sports, finance
+TWO = ["sports", "world"]
+
+
+@pytest.mark.parametrize(
+    "answer, classes, label",
+    [
+        # denials and refusals
+        ("Not toxic", ["toxic", "mild"], None), ("This is not spam.", ["ham", "spam"], None),
+        ("non-toxic", ["toxic", "mild"], None), ("It isn\u2019t spam", ["ham", "spam"], None),
+        ("Not toxic", ["toxic", "non-toxic"], "non-toxic"), ("No label fits hate", ["hate"], None),
+        ("This is not toxic.", ["non_toxic", "toxic"], "non_toxic"),
+        ("neither positive nor negative", ["negative", "neutral", "positive"], None),
+        ("I'm sorry, but I can't help with sexual content.", ["sexual", "clean"], None),
+        ("I am unable to label politics.", ["other", "politics"], None),
+        ("\u8fd9\u4e0d\u662f\u4f53\u80b2", SCRIPTS, None),  # this is not sports
+        ("I cannot decide between\n- sports\n- world", TWO, None),
+        ("Spam: false", ["ham", "spam"], None), ("anti-vaccine", ["vaccine", "x"], None),
+        ("This violates my guidelines on violence.", ["violence", "x"], None),
+        ("\u4f53\u80b2\u3067\u306f\u306a\u3044", SCRIPTS, None),  # Japanese: it is not
+        ("World. It is not about sports.", TWO, "world"), ("World sports", TWO, None),
+        # short words
+        ("I have no idea.", ["no", "yes"], None), ("No", ["no", "yes"], "no"), 
+        ("on", ["on", "off"], "on"),
+        ("The answer is yes.", ["no", "yes"], "yes"), ("It depends on it", ["on", "off"], None),
+        ("Yes\n\nIt is about money.", ["no", "yes"], "yes"), ("I go with it", ["i", "o"], None),
+        # numbers
+        ("-1", ["0", "1"], None), ("3.5", list("12345"), None), ("4/5", list("12345"), None),
+        ("Rating: 4.0", list("012345"), "4"), ("The answer is -1.", ["+1", "-1"], "-1"),
+        ("I think it is a 7, clearly", list("0123456789"), "7"),
+        # forms of a clear answer
+        ("The answer is **sports**.", TWO, "sports"), ("**Answer:** sports", TWO, "sports"),
+        ("Sports\n\nText: more\n\nAnswer: world", TWO, "sports"),
+        ("First, it is about world affairs.\nAnswer: sports", TWO, "sports"),
+        ('{"category": "sports"}', TWO, "sports"), ('```json\n{"label": 1}\n```', ["0", "1"], "1"),
+        ('{"label": true}', ["False", "True"], "True"), ("sports<|im_end|>", TWO, "sports"),
+        ("The language is C++.", ["C", "C#", "C++"], "C++"),
+        ("The label is <5 days.", ["<5 days", ">5 days"], "<5 days"),
+        # scripts
+        ("\u8fd9\u662f\u4f53\u80b2\u65b0\u95fb\u3002", SCRIPTS, SCRIPTS[0]),
+        ("\u8fd9\u662fsports\u65b0\u95fb\u3002", TWO, "sports"),
+        ("Answer: \U0001f44d", ["\U0001f44d", "x"], "\U0001f44d"),
+        ("\u0438\u0433\u0440\u0430\u0442\u044c", ["\u0438\u0433\u0440\u0430"], None),  # longer
+        ("cafe\u0301", ["bar", "caf\u00e9"], "caf\u00e9"), ("Stra\u00dfe", ["strasse"], "strasse"),
+        # reasoning
+        ("<think>\nmaybe sports because", TWO, None), ("<think>sports</think>", TWO, None),
+        ("<thinking>sports? no</thinking>world", TWO, "world"),
+        ("[THINK]world[/THINK]sports", TWO, "sports"),
+        ("<|channel|>analysis<|message|>world<|end|><|start|>assistant<|channel|>final<|message|>"
+         "sports", TWO, "sports"),
+        ("<|channel|>analysis<|message|>it could be world", TWO, None),
+    ],
+)  # fmt: skip
+def test_answers_are_read_with_care(answer, classes, label):
+    assert parse_answer(answer, classes) == (None if label is None else classes.index(label))
+
+
+@pytest.mark.parametrize("answer", ["Not B", "It is not B.", "I cannot say: B"])
+def test_a_letter_that_is_denied_is_no_answer(answer):
+    assert parse_answer(answer, ["world", "sports"], lettered=True) is None
 
 
 # ---------------------------------------------------------------------------- import
@@ -379,6 +455,7 @@ def test_csv_with_names_numbers_or_nothing(tmp_path, lines, labels):
         ("l.csv", "label\n0\n1\n2\n3\n", "label 3, expected -1 to 2"),
         ("l.csv", "name\ncat\n", "could not be read"),
         ("l.csv", "", "0 labels, but"),
+        ("l.csv", "index,label\n0,cat\n1,cat\n2,cat\n4,cat\n", "no row with index 3"),
         ("l.csv", "index,label\n0,cat\n0,cat\n1,cat\n2,cat\n", "could not be read"),
         ("l.txt", "cat", "could not be read"),
         ("l.pt", "cat", "could not be read"),
@@ -389,6 +466,28 @@ def test_an_unfit_file_is_one_clear_line(tmp_path, name, content, message):
     with pytest.raises(common.UserError, match=message) as caught:
         imported(image_data(4), tmp_path / name, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_csv_is_matched_by_text_or_file_before_index_and_order(tmp_path, capsys):
+    """Rows that are left out or in another order would shift the labels."""
+    texts, path = text_data(["tea one", "sea two", "tea three"], ["sea", "tea"]), tmp_path / "l.csv"
+    path.write_text("text,label\ntea three,tea\n,sea\nsea two,sea\ntea one,tea\nother,sea\n")
+    assert imported(texts, path, tmp_path)[0].tolist() == [1, 0, 1]
+    assert "rows are matched by text" in capsys.readouterr().out
+    path.write_text("text,index,label\nx,2,tea\nx,1,sea\nx,0,tea\n")  # the texts are not unique
+    assert imported(texts, path, tmp_path / "a")[0].tolist() == [1, 0, 1]
+    assert "rows are matched by index" in capsys.readouterr().out
+    path.write_text("label\ntea\nsea\ntea\n")
+    assert imported(texts, path, tmp_path / "b")[0].tolist() == [1, 0, 1]
+    assert "rows are matched by their order" in capsys.readouterr().out
+    path.write_text("text,label\ntea one,tea\nsea two,sea\ntea four,tea\n")
+    with pytest.raises(common.UserError, match="no row with text tea three"):
+        imported(texts, path, tmp_path / "c")
+    pictures = image_data(3)
+    pictures.train.files = np.array(["p/a.png", "p/b.png", "p/c.png"])
+    path.write_text("file,label\nc.png,cow_boy\nx/a.png,cat\nb.png,dog\n")
+    assert imported(pictures, path, tmp_path / "d")[0].tolist() == [0, 1, 2]
+    assert "rows are matched by file" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- local teachers
@@ -636,12 +735,41 @@ def test_the_interval_is_wilsons_and_unknown_labels_are_left_out(tmp_path, capsy
         (dict(extra_body="{"), "--extra-body: expected a JSON object"),
         (dict(extra_body='{"stream": true}'), "--extra-body: expected a JSON object"),
         (dict(split="test"), "no test part"),
+        (dict(teacher="chat", model="m", dataset="my.csv", csv="./my.csv"), "my.csv is an input"),
+        (dict(teacher="chat", model="m", test_file="t.csv", csv="t.csv"), "t.csv is an input"),
+        (dict(teacher="chat", model="m", dataset="my.csv", output="my.csv"), "my.csv is an input"),
+        (dict(teacher="chat", model="m", output="l", csv="l"), "l is an input or the label file"),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_clear_line(tmp_path, changes, message):
     args, data = {"output": str(tmp_path / "o"), **changes}, image_data(classes=CLASSES_21)
     with pytest.raises((common.UserError, OSError), match=message):
         pseudolabel.label(data, Args(**args))
+
+
+def test_classes_that_differ_only_in_case_are_refused_before_anything_is_paid(tmp_path):
+    data = text_data(classes=["Sports", "world", "sports "])
+    with pytest.raises(common.UserError, match="two classes differ only in case, Sports, world, s"):
+        pseudolabel.label(data, Args(teacher="chat", model="m", output=str(tmp_path / "o")))
+
+
+def test_output_that_cannot_be_printed_ends_no_job(tmp_path):
+    """A console in cp1252, as on Windows; a class in Chinese; a text that is no Unicode."""
+    rows = [{"text": f"t {i} \ud800", "label": SCRIPTS[i % 2]} for i in range(4)]
+    rows = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "my.jsonl").write_text(rows.replace(" \\ud800", ""))
+    np.save(tmp_path / "in.npy", [0, 1, 0, 1])
+    command = [sys.executable, pseudolabel.__file__, "--dataset", "my.jsonl", "--teacher", "import"]
+    command += ["--input", "in.npy", "--csv", "out.csv"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\u4f53\\u80b2" in done.stdout and SCRIPTS[0] in (tmp_path / "out.csv").read_text()
+    data = text_data(["a \ud800"], SCRIPTS)
+    data.train.keys = np.array(["00"])  # its text cannot be hashed
+    path = made_up(tmp_path / "l.jsonl", data)
+    pseudolabel.write_csv(tmp_path / "odd.csv", data, Args(), path)
+    assert "a \\ud800" in (tmp_path / "odd.csv").read_text()
 
 
 def test_the_one_complete_label_file_is_found(tmp_path):
