@@ -871,8 +871,7 @@ def label(data: Data, args: Args) -> Row:
     done = {row["index"] for row in rows if "label" in row}
     tried = {row["index"] for row in rows if "index" in row} - done
     todo, y = [i for i in range(header["num_examples"]) if i not in done], data.part(args.split).y
-    if args.dry_run:
-        random.Random(0).shuffle(todo)  # a fair sample
+    todo = random.Random(0).sample(todo, len(todo)) if args.dry_run else todo  # a fair sample
     todo = sorted(todo, key=lambda i: (i in tried, y[i] < 0))[: args.dry_run]  # the known first
     costs = [cost_of(row.get("usage", [0, 0]), args) for row in rows]
     left = (math.inf if args.max_cost is None else args.max_cost) - sum(costs)
@@ -940,7 +939,7 @@ def default_labels(
         header, rows, _ = read_rows(path) if path.is_file() else ({}, [], 0)
         return sum("label" in row for row in rows) == header.get("num_examples")
 
-    if data.name == "digits":
+    if (dataset or data.name) == "digits":
         paths = {split: folder / f"digits-{split}-glyphs.jsonl" for split in ("train", "test")}
         for split in [split for split, path in paths.items() if not complete(path)]:
             label(data, Args(split=split, data_dir=data_dir, device="cpu"))
@@ -948,7 +947,7 @@ def default_labels(
     found = sorted(p for p in folder.glob("*.jsonl") if p.name.startswith(prefix) and complete(p))
     if len(found) > 1:
         raise UserError(f"several label files: {', '.join(map(str, found))}; set --pseudolabels")
-    if not found and (data.train.is_text or data.name not in PRESETS):
+    if not found and (data.train.is_text or (dataset or data.name) not in PRESETS):
         teacher = "text" if data.train.is_text else "clip"
         command = f"pseudolabel.py --dataset {dataset or data.name} --teacher {teacher}"
         command += f" --test-file {test_file}" if test_file else ""
@@ -977,7 +976,7 @@ def write_csv(path: Path, data: Data, args: Args, labels: Path) -> None:
 def main(args: Args) -> Row:
     """Label a part of a data set; return the printed summary. Raises UserError."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a name it cannot show ends no job
-    folder, config = Path(args.dataset), {"classes": []}
+    folder, config = Path(args.dataset), {"classes": [], "backbone": "a teacher", "size": None}
     if args.teacher == "student" and args.student:
         _, config = load_student(args.student)
     if config["classes"] and folder.is_dir() and not (folder / "train").is_dir():  # new pictures
@@ -988,7 +987,8 @@ def main(args: Args) -> Row:
             part.x = rgb_to_grayscale(torch.tensor(part.x)).numpy()
         data = Data(folder.resolve().name, config["classes"], part, None)
     else:
-        data = load_data(args.dataset, args.data_dir, args.test_file)
+        preset = preset_of(args.dataset, config["backbone"], config["size"])  # as the student sees
+        data = load_data(args.dataset, args.data_dir, args.test_file, preset)
         data.classes = data.classes or config["classes"]  # new texts without a single label
     result = label(data, args)
     if args.csv:

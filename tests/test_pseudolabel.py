@@ -800,6 +800,10 @@ def test_without_a_label_file_published_images_are_labeled_and_own_data_ask_for_
     advice = "run pseudolabel.py --dataset my/pics --teacher clip"
     with pytest.raises(common.UserError, match=advice):
         pseudolabel.default_labels(image_data(), str(tmp_path), "my/pics")
+    own = image_data()
+    own.name = "digits"  # of the folder, no published set
+    with pytest.raises(common.UserError, match="--dataset my/digits --teacher clip"):
+        pseudolabel.default_labels(own, str(tmp_path), "my/digits")
     published = image_data()
     published.name = "cifar10"
     train, test = pseudolabel.default_labels(published, str(tmp_path))
