@@ -49,7 +49,7 @@ batch statistics make the two differ, so networks without them (ViT, BERT) skip 
     weak view    8 x 8 crop, 1 pixel reflected    32 x 32 crop, 4 pixels; half mirrored
     strong view  a crop of its own, 3 operations of RandAugment, Cutout up to half the side (both)
     evaluation   every 40 steps, 500 images       every 2,048 steps, 10,000 images
-    result       91.4 +- 7.1 % (seeds 0-4, 1,200 steps)    not run here (ZeroMatch paper: 71.43)
+    result       91.0 +- 6.1 % (seeds 0-19)       not run here (ZeroMatch paper: 71.43)
     cost         20 to 30 s on one CPU thread     not measured
 
 Departures from the original code (those in the data path are numbered in common.py)

@@ -38,7 +38,7 @@ The inner network's averaged weights predict; reported is the last evaluation, n
     weak view    8 x 8 crop, 1 pixel reflected    32 x 32 crop, 4 pixels; half mirrored
     strong view  a crop of its own, 3 operations of RandAugment, Cutout up to half the side (both)
     evaluation   every 40 steps, 500 images       every 5,120 steps, 10,000 images
-    result       600 steps each: 84.8 +- 3.4 %; FixMatch, 1,200: 86.6 +- 9.8 (seeds 0-4); not run
+    result       83.5 +- 8.4 % (outer: 81.6 +- 7.3)  not run; left: seeds 0-19
     cost         30 to 45 s on one CPU thread     not measured
 
 The abstract specifies the stages, the fresh network, two filters; summaries by others specify tau,
