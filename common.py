@@ -193,7 +193,7 @@ def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
         "seed lr weight_decay lambda_u lambda_p sce_alpha sce_beta": (0, 2**32 - 1),
         "tau tau_select tau_inner marginal_decay layer_decay": (0, 1),
         "ema_decay": (0, 0.999999),
-        "warmup_steps": (0, min(args["num_steps"], args.get("num_steps_stage1", 2**32))),
+        "warmup_steps": (0, args["num_steps"]),
         "size": (8, 2**16),
     }
     for names, (low, high) in ranges.items():

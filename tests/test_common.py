@@ -174,9 +174,9 @@ def test_the_accuracy_of_pseudo_labels_by_hand():
     assert none["pl_acc"].isnan() and none["pl_acc_masked"].isnan()
 
 
-def test_a_warm_up_beyond_a_stage_is_refused_and_no_range_hides_another():
+def test_a_warm_up_beyond_the_training_is_refused_and_no_range_hides_another():
     with pytest.raises(UserError, match="--warmup-steps 40: expected a number from 0 to 30"):
-        resolve(GIVEN | {"num_steps_stage1": 30, "warmup_steps": 40}, DIGITS)
+        resolve(GIVEN | {"num_steps": 30, "warmup_steps": 40}, DIGITS)
     with pytest.raises(UserError, match="--tau 7"):
         resolve(GIVEN | {"num_steps": 1, "tau": 7}, DIGITS)
 

@@ -134,7 +134,7 @@ def test_other_hidden_labels_change_no_weight(tmp_path, labels, monkeypatch, pri
 @pytest.mark.parametrize("changes", [
     {"stages": "1"}, {"stages": "2"}, {"lambda_p": 0.0}, {"anneal": "none"}, {"tau": 0.2},
     {"lambda_u": 0.3}, {"lambda_p": 0.3}, {"lr": 0.01}, {"uratio": 1}, {"batch_size": 8},
-    {"marginal_decay": 0.5}, {"weight_decay": 0.5}, {"warmup_steps": 5}, {"ema_decay": 0.05},
+    {"marginal_decay": 0.5}, {"weight_decay": 0.5}, {"warmup_steps": 1}, {"ema_decay": 0.05},
     {"optimizer": "adamw"}, {"agreement": True}, {"prior": "teacher"}, {"amp": "bf16"},
     {"backbone": "wrn_28_2", "batch_size": 2, "uratio": 2},
 ], ids=str)  # fmt: skip
