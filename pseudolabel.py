@@ -6,7 +6,6 @@
 """Label a data set with a foundation model: one JSON Lines file, made once, read by zeromatch.py.
 
     python pseudolabel.py --dataset digits --split test
-    python pseudolabel.py --dataset fashion_mnist --teacher clip
     python pseudolabel.py --dataset fashion_mnist --teacher chat --model gpt-4.1 --dry-run 20
     python pseudolabel.py --dataset new --teacher student --student runs/NAME/student --csv new.csv
 
@@ -249,7 +248,8 @@ OTHER = r"\u0590-\u1dff\u2190-\u2bff\u3040-\ufaff\U0001f000-\U0003ffff"  # scrip
 WORD = rf"(?<![^\W_])[-+]?\d+(?:\.\d+)?(?![^\W_])|[^\W_{OTHER}]+|[{OTHER}]|[+#<>=%&$@]"
 DENIALS = r"""(?x)(?<!\S)(not|no|neither|nor|never|none|nothing|without|lacks|isnt|doesnt|dont|
 false|anti|hardly|opposite|unlike|impossible|sorry|unable|unclear|unsure|refuse|decline|violates|
-nicht|kein|keine|guidelines|pas|ni|não|не|нет|[不没沒非未无無]|な\ い|아\ 니|न\ ह|ل\ ي\ س)(?!\S)"""
+nicht|kein|keine|guidelines|pas|ni|não|не|нет|
+[不没沒非未无無]|な\ い|아\ 니|न\ ह|ل\ ي\ س)(?!\S)"""
 LEAD = r"^((my|final|best|answer|label|class|category|topic|text|image|it|this|that|is|s|an?) )+"
 
 
