@@ -20,7 +20,7 @@ with. Stage 3 trains an INNER network, from new weights, on labeled, unlabeled, 
              reaches tau. Stage 3 (Heuristic 1): its own, if that reaches tau_inner; else the outer
              network's, if the example is in T_u. Cross-entropy; in stage 3 a robust loss.
 
-The inner network's averaged weights predict; reported is the last evaluation, never the best one.
+The inner network predicts, with averaged weights (not for ViT, BERT), at the last evaluation.
 
     python kd_fixmatch.py                         handwritten digits, 10 labels
     python kd_fixmatch.py --outer-only            plain FixMatch
