@@ -234,24 +234,21 @@ def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -
 # ---------------------------------------------------------------------------- training
 
 
-def forward(net: nn.Module, x: Tensor, onehot_zs: Tensor | None, idx: Tensor, run: Run) -> Tensor:
-    """Logits [n, K], in float32 for softmax, thresholds and losses.
-
-    onehot_zs [N, K]: extra inputs of the head for the examples idx."""
+def forward(net: nn.Module, x: Tensor, train: Views, idx: Tensor, run: Run) -> Tensor:
+    """Logits [n, K] of views x of the examples idx, in float32 for softmax, thresholds, losses."""
     with run.autocast():
-        logits, _, _ = net(x, None if onehot_zs is None else onehot_zs[idx])
+        logits, _, _ = net(x, train.extra[idx])  # further inputs only with --feature-input
     return logits.float()
 
 
 def train_adamatch(
     student: nn.Module, labeled_idx: Tensor, y_lb_all: Tensor, train: Views, test: Views,
-    args: Args, run: Run, onehot_zs: Tensor | None = None, onehot_zs_test: Tensor | None = None,
+    args: Args, run: Run,
 ) -> nn.Module:  # fmt: skip
     """Train as `args` say and return the network to evaluate.
 
     labeled_idx [num_labels]: positions in `train`; y_lb_all: their labels. The unlabeled pool is
-    all of `train`, labeled examples included; its true labels reach only run.log. onehot_zs [N, K]
-    and onehot_zs_test: for --feature-input."""
+    all of `train`, labeled examples included; its true labels reach only run.log."""
     optimizer = optimizer_of(student, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
     ema, scaler = average_of(student, args.ema_decay), run.scaler()
     parts = {"model": student, "ema": ema, "optimizer": optimizer, "scaler": scaler}
@@ -281,23 +278,23 @@ def train_adamatch(
 
         student.train()
         if args.supervised_only:
-            loss = loss_s = F.cross_entropy(forward(net, x_lb, onehot_zs, idx_lb, run), y_lb)
+            loss = loss_s = F.cross_entropy(forward(net, x_lb, train, idx_lb, run), y_lb)
             values = {"loss": loss, "loss_s": loss_s}
         else:
             x_ulb_w, x_ulb_s = train.weak(idx_ulb), train.strong(idx_ulb)
             if coupled:  # one pass, so that batch statistics are those of the joint batch
                 x, idx = join([x_lb, x_ulb_w, x_ulb_s]), torch.cat([idx_lb, idx_ulb, idx_ulb])
-                logits = forward(net, x, onehot_zs, idx, run)
+                logits = forward(net, x, train, idx, run)
                 logits_lb, logits_ulb_w, logits_ulb_s = logits.split([len(x_lb), B_u, B_u])
             else:  # nothing learns from the weak view, so its gradient would be wasted work
                 with torch.no_grad():
-                    logits_ulb_w = forward(net, x_ulb_w, onehot_zs, idx_ulb, run)
+                    logits_ulb_w = forward(net, x_ulb_w, train, idx_ulb, run)
                 x, idx = join([x_lb, x_ulb_s]), torch.cat([idx_lb, idx_ulb])
-                logits = forward(net, x, onehot_zs, idx, run)
+                logits = forward(net, x, train, idx, run)
                 logits_lb, logits_ulb_s = logits.split([len(x_lb), B_u])
             if paper and coupled:
                 kept = [buffer.clone() for buffer in student.buffers()]
-                logits_alone = forward(net, x_lb, onehot_zs, idx_lb, run)
+                logits_alone = forward(net, x_lb, train, idx_lb, run)
                 for buffer, value in zip(student.buffers(), kept, strict=True):
                     buffer.data.copy_(value)  # the extra pass must not move running statistics
                 lam = torch.cat([uniform(B, K), uniform(B, K)]).to(run.device)
@@ -336,7 +333,7 @@ def train_adamatch(
         line = "loss {loss:.3f} = s" if args.supervised_only else LINE
         run.log(1, step, args.num_steps, line, **values, lr=lr)
         # Evaluates every --eval-every steps and at the end; saves then and every ten minutes.
-        run.evaluate(1, step, args.num_steps, ema.module, test, onehot_zs_test)
+        run.evaluate(1, step, args.num_steps, ema.module, test)
         run.save(1, step, args.num_steps, parts, p_lb=p_lb, p_ulb=p_ulb, window=window)
     return ema.module
 
@@ -363,7 +360,7 @@ def main(args: Args) -> dict[str, Any]:
     data = load_data(args.dataset, args.data_dir, args.test_file, preset)
     K = len(data.classes)
     labeled = draw_labeled(data.train.y, args.num_labels, K, args.seed)
-    zero_shot: list[Any] = [None, None]
+    zero_shot: list[Any] = []
     if args.feature_input:
         from pseudolabel import default_labels, read_labels  # this baseline alone reads labels
 
@@ -382,17 +379,19 @@ def main(args: Args) -> dict[str, Any]:
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
     train.y[labeled] = -1  # monitor pseudo-labels on hidden labels only
-    one_hot = torch.eye(K + 1, K, device=device)  # the last row, all zero: the teacher abstained
-    onehot_zs = [None if labels is None else one_hot[labels] for labels in zero_shot]
+    for views, labels in zip((train, test), zero_shot):
+        one_hot = torch.eye(K + 1, K, device=device)  # the last row, all zero: no answer
+        views.extra = one_hot[labels]
 
     seed_step(args.seed, "weights", 0)
     num_extra = K if args.feature_input else 0
-    student = build_student(args.backbone, preset, K, num_extra, args.weights).to(device)
+    parts = train, test
+    student = build_student(args.backbone, preset, K, num_extra, args.weights, parts).to(device)
     if args.compile:
         student.compile()
-    evaluated = train_adamatch(student, idx, y_lb_all, train, test, args, run, *onehot_zs)
+    evaluated = train_adamatch(student, idx, y_lb_all, train, test, args, run)
     lines = {"supervised only" if args.supervised_only else "AdaMatch": run.accuracy(1)}
-    return run.finish(1, evaluated, preset, lines, num_extra)
+    return run.finish(1, evaluated, lines)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,22 @@
 """What the three method scripts share: data, views, backbones, evaluation, run folder.
 
-What a paper defines is in that paper's script. Functions take values, never the scripts' `Args`.
+What a paper defines is in that paper's script. Functions take values, never the scripts' `Args`;
+they raise UserError, with advice, for what a user can fix.
 
 Departures from the published code (jichan3751/zeromatch @8ca4079, "ZM"):
-  C1  Batches are slices of endless seeded permutations, each example once per pass. ZM cuts an
-      "epoch" of 1,024 steps from a permutation seeded by the epoch number alone.
-  C2  Cutout: the center is uniform over the image, the box is clipped on all sides. ZM draws the
-      center from U(1, width); its boxes at the left and top edge are one pixel wider.
+  C1  Batches are slices of endless seeded permutations; ZM's "epochs" are parts of seeded ones.
+  C2  Cutout: centers are uniform, boxes clipped on all sides. ZM draws centers from U(1, width).
   C3  As published: enhancement factors are 0.05-0.95 (duller only); all three operations apply.
   C4  Gray images stay gray: Color leaves them alone, Cutout fills with its color's luminance.
   C5  WRN-28-2: each block's first norm feeds its first convolution. In ZM's copy, those at the head
       of groups 2 and 3 feed nothing; its stem has a bias, its last norm eps 0.001, its head Xavier.
   C6  SVHN is not mirrored (ZM mirrors digits). EuroSAT is also turned upside down, as published.
   C7  Each CPU process has its own batch statistics; all draw the same crops of unpadded images.
-  C8  The decay of averaged weights and statistics ramps up to its published value, for short runs.
-      WRN's batch norms have momentum 0.1 (ZM: 0.001); averaging with 0.999 compensates.
-  T1  Text features are the mean over a row's own tokens. ZM's mean includes the padding, so that a
-      prediction depends on the longest row of its batch.
+  C8  The decay of averages ramps up, for short runs. WRN's norms: momentum 0.1 (ZM: 0.001).
+  T1  Text features average a row's own tokens. ZM's include padding: they depend on the batch.
   T2  A text is title, space, body, with escaped newlines decoded. ZM joins them without the space,
       keeps the escapes, drops Yahoo's last character. Both drop Yahoo's best answer.
-  T3  The draw of rows is seeded (ZM's is not), and no test text is drawn for training. Both keep
-      the last 1,024 characters of a training text.
+  T3  The draw of rows is seeded and without test texts. Both keep a text's last 1,024 characters.
   T4  Texts without back-translations: the strong view deletes, masks and swaps tokens.
 """
 
@@ -36,14 +32,14 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import tarfile
-import threading
 import time
-from contextlib import contextmanager, nullcontext
+import unicodedata
+from collections import Counter
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -53,6 +49,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from huggingface_hub import snapshot_download
 from numpy import ndarray
 from numpy.random import RandomState
 from PIL import Image, ImageOps
@@ -72,12 +69,11 @@ csv.field_size_limit(2**31 - 1)  # texts may be long
 
 
 class UserError(ValueError):
-    """Something the user can fix: `cli` prints it as one line and exits with code 2."""
+    """`cli` prints it as one line and exits with code 2."""
 
 
 class Preset(NamedTuple):
-    """A data set: how its images or texts are stored and seen, and the recipe that trains on it.
-    Defaults: cifar100, from ZM config/usb_cv_paper; for other sets of small images our choice."""
+    """Look and recipe of a data set. Defaults: cifar100's (ZM config/usb_cv_paper)."""
 
     backbone: str = "vit_small_patch2_32"
     size: int = 32  # side of the image the network sees, pixels; texts: longest row, tokens
@@ -153,37 +149,35 @@ OWN = {
 
 
 def preset_of(dataset: str, backbone: str | None = None, size: int | None = None) -> Preset:
-    """A data set's recipe; that of cnn or wrn_28_2 where one replaces a ViT. Own data, at `size`:
-    pictures (laptop), photos (larger backbones, GPU) or texts. Raises UserError."""
+    """A data set's recipe, that of cnn or wrn_28_2 where one replaces a ViT; own data at `size`."""
     if dataset in PRESETS:
         preset = PRESETS[dataset]
-        if backbone == "cnn" and preset.backbone.startswith("vit"):
-            preset = preset._replace(**CNN)
-        if backbone == "wrn_28_2" and preset.backbone.startswith("vit"):
-            preset = preset._replace(**CLASSIC, weight_decay={"cifar100": 1e-3}.get(dataset, 5e-4))
         if size not in (None, preset.size):
             raise UserError(f"--size is for own data; {dataset} uses {preset.size}")
-        return preset
-    if dataset.endswith((".csv", ".jsonl")):
+        decay = {"weight_decay": 1e-3 if dataset == "cifar100" else 5e-4}
+        instead = {"cnn": CNN, "wrn_28_2": CLASSIC | decay} if "vit" in preset.backbone else {}
+        return preset._replace(**instead.get(backbone, {}))
+    table = dataset.endswith((".csv", ".tsv", ".jsonl"))
+    if not table and not Path(dataset).is_dir():
+        own = "or a folder with pictures in train/<class>/, or a .csv or .jsonl file"
+        raise UserError(f"--dataset {dataset}: expected {', '.join(PRESETS)}, {own}")
+    if table and read_own(dataset, "train").files is None:
         preset = OWN["texts"]
-    elif not Path(dataset).is_dir():
-        names = ", ".join(PRESETS)
-        own = "a folder with pictures in train/<class>/, or texts in a .csv or .jsonl file"
-        raise UserError(f"--dataset {dataset}: expected one of {names}, {own}")
-    elif backbone in (None, "cnn"):
+    elif backbone in (None, "cnn", "wrn_28_2"):
         preset = OWN["pictures"]
-    elif backbone == "wrn_28_2":
-        preset = OWN["pictures"]._replace(lr=0.03, weight_decay=5e-4)
     else:
-        preset = OWN["photos"]._replace(size=32 if backbone == "vit_small_patch2_32" else 224)
+        side = 32 if backbone == "vit_small_patch2_32" else 224
+        if not size and backbone not in [*NAMES, "a teacher"]:  # the side it was trained with
+            config = load_pretrained("AutoConfig", backbone)
+            side = getattr(getattr(config, "vision_config", config), "image_size", 224)
+        preset = OWN["photos"]._replace(size=int(np.max(side)))
         preset = preset._replace(ema_decay=0.999 if backbone == "efficientnet_b0" else 0.0)
     size = size or preset.size
     return preset._replace(size=size, pad=size // 8 if preset.mean and size < 128 else 0)
 
 
 def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
-    """Arguments with the preset's value for every None that it knows, all ranges checked.
-    --num-steps alone also scales stage 1, warm-up and evaluation interval. Raises UserError."""
+    """Arguments with the preset's value for every None (--num-steps scales others), checked."""
     row, factor = preset._asdict(), (given["num_steps"] or preset.num_steps) / preset.num_steps
     for name, least in (("num_steps_stage1", 1), ("warmup_steps", 0), ("eval_every", 10)):
         row[name] = max(least, round(row[name] * factor))
@@ -203,6 +197,9 @@ def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
                 raise UserError(f"--{flag} {args[name]}: expected a number from {low} to {high}")
     if args["batch_size"] % PROCESSES:
         raise UserError(f"--batch-size: expected a multiple of {PROCESSES}, the processes")
+    for name, value in args.items():  # absolute paths: a run can be continued from another folder
+        if isinstance(value, str) and value not in [*PRESETS, *NAMES] and os.path.exists(value):
+            args[name] = os.path.abspath(value)
     return args
 
 
@@ -212,6 +209,7 @@ def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
 
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, PROCESSES = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None, "auto": None}
 
 
 def content_hash(content: bytes, size: int = 12) -> bytes:
@@ -219,13 +217,12 @@ def content_hash(content: bytes, size: int = 12) -> bytes:
 
 
 def seed_of(*key: Any) -> int:
-    """A seed of 63 bits for each key."""
+    """63 bits for each key."""
     return int.from_bytes(content_hash("/".join(map(str, key)).encode(), 8), "little") >> 1
 
 
 def seed_step(seed: int, stage: str, step: int) -> None:
-    """Make all random numbers of a step a pure function of (seed, stage, step): views, dropout and
-    stochastic depth draw from torch's global generators, whose state no resumed run needs."""
+    """Make all random numbers of a step (views, dropout) a pure function of (seed, stage, step)."""
     torch.manual_seed(seed_of(seed, stage, step))
 
 
@@ -236,8 +233,7 @@ def permutation(n: int, *key: Any) -> Tensor:
 
 
 def batch_at(n: int, batch: int, seed: int, stream: str, step: int) -> Tensor:
-    """Positions in range(n) [batch / PROCESSES] of a step's batch, this process's rows: a slice of
-    the endless permutations of (seed, stream); a batch may be larger than n (10 labels).  # C1"""
+    """This process's positions [batch / PROCESSES] in range(n) of a step's batch.  # C1"""
     rows = batch // PROCESSES
     first = step * batch + RANK * rows
     passes = range(first // n, (first + rows - 1) // n + 1)
@@ -246,16 +242,15 @@ def batch_at(n: int, batch: int, seed: int, stream: str, step: int) -> Tensor:
 
 
 def uniform(n: int, *shape: int) -> Tensor:
-    """Random numbers [n, *shape] in [0, 1) for this process's rows, as one process draws them."""
+    """Numbers [n, *shape] in [0, 1) for this process's rows, as one process draws them."""
     return torch.rand(PROCESSES * n, *shape)[RANK * n :][:n]
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of x over all processes, without gradient; x itself if there is one process."""
-    if PROCESSES == 1:
-        return x
+    """The mean of x over all processes, without gradient."""
     total = x.detach().clone()
-    torch.distributed.all_reduce(total)
+    if PROCESSES > 1:
+        torch.distributed.all_reduce(total)
     return total / PROCESSES
 
 
@@ -272,11 +267,9 @@ def first_process_first() -> Iterator[None]:
     """Process 0 runs the block first; the others then find its files. Also a decorator."""
     if RANK:
         from_first_process(None)
-    try:
-        yield
-    finally:
-        if not RANK:
-            from_first_process(None)
+    yield
+    if not RANK:
+        from_first_process(None)
 
 
 def data_parallel(student: nn.Module) -> nn.Module:
@@ -289,8 +282,7 @@ def data_parallel(student: nn.Module) -> nn.Module:
 
 
 def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, torch.dtype | None]:
-    """(device, autocast dtype or None) for --device auto|cpu|cuda|mps, --amp auto|bf16|fp16|off.
-    auto: the accelerator; bfloat16 and TF32 where a GPU supports them."""
+    """(device, autocast dtype or None). auto: the accelerator; bfloat16 and TF32 if supported."""
     found, native = "cpu", False
     if torch.accelerator.is_available():
         found = torch.accelerator.current_accelerator().type
@@ -306,8 +298,7 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, amp != "off"
         torch.set_float32_matmul_precision("highest" if amp == "off" else "high")
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    amp = "bf16" if amp == "auto" and native else amp
-    return torch.device(device), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return torch.device(device), AMP["bf16" if amp == "auto" and native else amp]
 
 
 # ---------------------------------------------------------------------------- data
@@ -315,8 +306,7 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
 
 @dataclass
 class Split:
-    """The examples of one part of a data set. x: images uint8 [N, C, H, W], perhaps a memory map,
-    or texts, an object array of str [N]. y: int64 [N], -1 = unknown label. files, keys [N]: names
+    """x: images uint8 [N, C, H, W] or texts [N]. y: int64 [N], -1: unknown. files, keys [N]: names
     of pictures, hashes of their full pixels. aug [N, 1 or 2]: back-translations of texts."""
 
     x: ndarray
@@ -346,8 +336,7 @@ class Split:
 
 @dataclass
 class Data:
-    """A data set. `train` holds labeled and unlabeled examples; of its y, only the drawn labels
-    reach training. `test` is None if the user has no test part."""
+    """Of the labels in `train`, only the drawn ones reach training. test: None if there is none."""
 
     name: str
     classes: list[str]
@@ -355,7 +344,7 @@ class Data:
     test: Split | None
 
     def part(self, split: str) -> Split:
-        """The part called train or test. Raises UserError if there is none."""
+        """The part called train or test."""
         if (part := getattr(self, split)) is None:
             raise UserError(f"{self.name} has no {split} part")
         return part
@@ -365,33 +354,25 @@ class Data:
 def load_data(
     dataset: str, data_dir: str, test_file: str | None = None, preset: Preset | None = None
 ) -> Data:
-    """A published data set (downloaded into `data_dir` if needed), own pictures, or own texts.
-    Without preset: pictures as a teacher sees them. Raises UserError if it cannot be read."""
-    preset = preset or preset_of(dataset, "a teacher")
-    if dataset not in PRESETS and not preset.mean:
-        return load_text_file(dataset, test_file)
+    """A published data set (downloaded into `data_dir` if needed) or own pictures or texts."""
+    preset = preset or preset_of(dataset, "a teacher")  # large pictures
+    if dataset not in PRESETS and (not test_file or Path(dataset).is_file()):
+        return load_own(dataset, test_file, data_dir, preset)
     if test_file:
         raise UserError(f"--test-file goes with a file of texts; {dataset} has its own test part")
-    if dataset == "digits":
-        return load_digits()
-    if dataset not in PRESETS:
-        return load_folder(Path(dataset), data_dir, preset)
+    if dataset == "digits":  # scikit-learn's 1,797, 8 x 8; a fixed 500 are for test
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        x = np.rint(x * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+        whole, order = Split(x, y), RandomState(0).permutation(len(x))
+        return Data(dataset, list("0123456789"), whole.take(order[500:]), whole.take(order[:500]))
     load, where = load_images, Path(data_dir)
     if dataset in TEXT_SETS:
         load, where = load_text_set, where / dataset
     advice = f"check the network, or put its files into {where} (delete damaged ones)"
     with explained(f"{dataset} could not be downloaded or read", advice):
         return load(dataset, where, preset)
-
-
-def load_digits() -> Data:
-    """scikit-learn's 1,797 digits, 8x8, as round(value * 255 / 16); a fixed 500 are for test."""
-    import sklearn.datasets
-
-    digits = sklearn.datasets.load_digits()
-    x = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
-    whole, order = Split(x, digits.target), RandomState(0).permutation(len(x))
-    return Data("digits", list("0123456789"), whole.take(order[500:]), whole.take(order[:500]))
 
 
 TORCHVISION = {  # class in torchvision.datasets; what makes up its training part | test part
@@ -403,16 +384,10 @@ TORCHVISION = {  # class in torchvision.datasets; what makes up its training par
     "food101": ("Food101", ["train"], ["test"]),  # 75,750 | 25,250
     "flowers102": ("Flowers102", ["train", "val"], ["test"]),  # 2,040 | 6,149
 }
-DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 
 
 def load_images(dataset: str, root: Path, preset: Preset) -> Data:
     """A published set of images, read by torchvision; picture files are decoded once."""
-    raw = root / "FashionMNIST" / "raw"
-    if dataset == "fashion_mnist" and not any(raw.glob("*ubyte")):
-        for file in DEBIAN_FASHION.glob("*.gz"):
-            os.makedirs(raw, exist_ok=True)
-            datasets.utils.extract_archive(str(file), str(raw))
     if dataset in TORCHVISION:
         name, *parts = TORCHVISION[dataset]
         kind = getattr(datasets, name)
@@ -420,14 +395,13 @@ def load_images(dataset: str, root: Path, preset: Preset) -> Data:
         classes = getattr(parts[0][0], "classes", list("0123456789"))  # SVHN names none
         train, test = map(images_of, parts)
     else:
-        classes, train, test = satellite_pictures(dataset, root)
-    splits = []
-    for part, split in (("train", train), ("test", test)):
-        if split.x.ndim == 1:
-            files = list(zip(map(str, split.x), split.y.tolist()))
-            split = decode(files, f"{root}/decoded/{dataset}", preset, part)
-        splits.append(split)
-    return Data(dataset, [name.replace("_", " ") for name in classes], *splits)
+        found, held = satellite_pictures(dataset, root)
+        classes = [re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in found.classes]
+        train, test = images_of([found]).take(~held), images_of([found]).take(held)
+    if train.x.ndim == 1:
+        store = f"{root}/decoded/{dataset}"
+        train, test = decode(train, store, preset, "train"), decode(test, store, preset, "test")
+    return Data(dataset, [name.replace("_", " ") for name in classes], train, test)
 
 
 def images_of(found: list) -> Split:
@@ -445,29 +419,22 @@ def images_of(found: list) -> Split:
     return Split(x, y.astype(np.int64))
 
 
-def satellite_pictures(dataset: str, root: Path) -> tuple[list[str], Split, Split]:
-    """(class names, training part, test part) of eurosat or resisc45; x: picture files.
-    eurosat as in USB: the first 80 % of every class by name are for training, 21,600 | 5,400."""
-    from huggingface_hub import snapshot_download
-
-    if dataset == "eurosat":
+def satellite_pictures(dataset: str, root: Path) -> tuple[Any, ndarray]:
+    """(eurosat or resisc45 from torchgeo's copy; bool [N]: for test)."""
+    if dataset == "eurosat":  # as in USB: the last fifth of each class by name, of 27,000
         found = datasets.EuroSAT(root, download=True)
-        classes = [re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in found.classes]
-        test = np.concatenate([np.arange(n) >= n * 4 // 5 for n in np.bincount(found.targets)])
-    else:
-        folder = root / "resisc45" / "NWPU-RESISC45"
-        if not folder.exists():
-            snapshot_download(  # torchgeo's copy and test list; ZM takes its lists from elsewhere
-                "isaaccorley/resisc45", repo_type="dataset", local_dir=folder.parent,
-                revision="883edc0eee77b2c84225472f10f126e3ed83fa6e",
-                allow_patterns=["NWPU-RESISC45.zip", "resisc45-test.txt"],
-            )  # fmt: skip
-            datasets.utils.extract_archive(f"{folder}.zip", str(folder.parent))
-        found = datasets.ImageFolder(folder)
-        listed = folder.with_name("resisc45-test.txt").read_text().split()
-        classes, test = found.classes, among((Path(file).name for file, _ in found.samples), listed)
-    whole = images_of([found])
-    return classes, whole.take(~test), whole.take(test)
+        held = [np.arange(n) >= n * 4 // 5 for n in np.bincount(found.targets)]
+        return found, np.concatenate(held)
+    folder = root / "resisc45" / "NWPU-RESISC45"
+    if not folder.exists():
+        snapshot_download(
+            "isaaccorley/resisc45", repo_type="dataset", local_dir=folder.parent,
+            revision="883edc0eee77b2c84225472f10f126e3ed83fa6e",
+            allow_patterns=["NWPU-RESISC45.zip", "resisc45-test.txt"],
+        )  # fmt: skip
+        datasets.utils.extract_archive(f"{folder}.zip", str(folder.parent))
+    found, listed = datasets.ImageFolder(folder), folder.with_name("resisc45-test.txt").read_text()
+    return found, among((Path(file).name for file, _ in found.samples), listed.split())
 
 
 TEXT_URL = "https://s3.amazonaws.com/fast-ai-nlp/"
@@ -475,25 +442,23 @@ TEXT_SETS = {  # archive, start of its sha256, classes, rows a class of train | 
     "ag_news": (
         "ag_news_csv", "9a8c300eabb45750", "world, sports, business, technology",
         25_000, 1_900, "\\"),
-    "yahoo_answers": (
-        "yahoo_answers_csv", "2d4277855faf8b35", "society, science, health, education, computer, "
-        "sports, business, entertainment, relationship, politics", 50_000, 6_000, "\\n"),
-    "amazon_review": (
-        "amazon_review_full_csv", "4af62eeee139d014",
-        "very negative, negative, neutral, positive, very positive", 50_000, 13_000, "\\n"),
+    "yahoo_answers": ("yahoo_answers_csv", "2d4277855faf8b35", "society, science, health, "
+        "education, computer, sports, business, entertainment, relationship, politics",
+        50_000, 6_000, "\\n"),
+    "amazon_review": ("amazon_review_full_csv", "4af62eeee139d014", "very negative, negative, "
+        "neutral, positive, very positive", 50_000, 13_000, "\\n"),
 }  # fmt: skip
 
 
 def load_text_set(name: str, folder: Path, preset: Preset) -> Data:
-    """A published set of texts: USB's train.json and test.json if they are in `folder`, less test
-    texts that are also training texts; else a fixed draw from the archive.  # T3"""
+    """USB's train.json and test.json if `folder` has them, else a fixed draw from the archive."""
     archive, sha256, classes, *sizes, newline = TEXT_SETS[name]
     classes, file = classes.split(", "), folder / f"{archive}.tgz"
     if (folder / "train.json").exists():
-        numbers = [str(label) for label in range(len(classes))]
-        train, _ = read_texts(folder / "train.json", numbers)
-        test, _ = read_texts(folder / "test.json", numbers)
-        return Data(name, classes, train, test.take(~among(test.x, train.x)))
+        train, test = (read_own(f"{folder}/{part}.json", part) for part in ("train", "test"))
+        for split in (train, test):
+            split.y = np.array([*map([*map(str, range(len(classes)))].index, split.y)])
+        return Data(name, classes, train, test.take(~among(test.x, train.x)))  # T3
     if not file.exists():
         os.makedirs(folder, exist_ok=True)
         torch.hub.download_url_to_file(TEXT_URL + file.name, str(file), sha256)
@@ -512,93 +477,122 @@ def load_text_set(name: str, folder: Path, preset: Preset) -> Data:
 
 def among(items: Any, pool: Any) -> ndarray:
     """bool [N]: whether each item is also in the pool."""
-    pool = set(pool)
-    return np.array([item in pool for item in items], bool)
+    return np.array([*map(set(pool).__contains__, items)], bool)
 
 
-def read_texts(path: Path, classes: list[str] | None = None) -> tuple[Split, list[str]]:
-    """(texts, class names) of a CSV with a header, JSON Lines or USB's JSON ({id: row}).
-    Fields: text (USB: ori), label (empty: unknown), perhaps back-translations aug_0, aug_1. Rows
-    without text are left out. Without given `classes`: the sorted labels, numbers by value.
-    Raises UserError for another layout, or if not every label is one of given `classes`."""
-    rows = []
+def read_table(path: str | Path, part: str = "train") -> list[dict[str, Any]]:
+    """The rows {column: cell} of a .csv or .tsv file (UTF-8, or UTF-16 with its mark; delimiter:
+    the header's most frequent of , ; tab), .jsonl, USB's .json, or part of a folder of pictures."""
+    path, rows = Path(path).absolute(), []
+    if path.is_dir():
+        folders = [(at, at.name) for at in sorted(path.glob(f"{part}/[!.]*/"))]
+        folders += [(path / "unlabeled", "")] if part == "train" else []
+        return [{"file": file, "label": name} for at, name in folders for file in files_below(at)]
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                found = csv.DictReader(file, strict=True)
-            elif path.suffix == ".jsonl":
-                found = map(json.loads, filter(str.strip, file))
-            else:
-                found = (row | {"text": row["ori"]} for row in json.load(file).values())
-            for row in found:
-                if "text" not in row or None in row:
-                    raise ValueError("expected fields text and label; quote texts with commas")
-                cells = map(row.get, ("text", "label", "aug_0", "aug_1"))
-                cells = ["" if cell is None else str(cell).strip() for cell in cells]
-                rows.append([cell.encode("utf-8", "replace").decode() for cell in cells])
+        content = path.read_bytes()
+        wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+        if path.suffix in (".csv", ".tsv"):
+            delimiter = max(",;\t", key=text.partition("\n")[0].count)
+            found = csv.DictReader(io.StringIO(text, ""), delimiter=delimiter, strict=True)
+        elif path.suffix == ".json":
+            found = json.loads(text).values()
+        else:
+            found = map(json.loads, filter(str.strip, text.split("\n")))
+        for row in found:
+            if None in row:
+                raise ValueError("more cells than in the header; quote texts with commas")
+            rows.append(dict(row))
     except Exception as error:  # a file may hold anything
-        raise UserError(f"{path}: cannot read row {len(rows) + 1}: {reason_of(error)}") from None
-    table = np.array([row for row in rows if row[0]], object).reshape(-1, 4)
-    if len(table) < len(rows):
-        print(f"{path}: left out {len(rows) - len(table)} rows without text")
-    texts, labels, aug = table[:, 0], table[:, 1], table[:, 2:]
-    names = sorted({*labels}, key=lambda name: name.zfill(20) if name.isdecimal() else name)
-    if classes is None:
-        classes = [name for name in names if name]
-    elif not names or {*names} - {*classes}:
-        raise UserError(f"{path}: has labels {names}, expected only those of the classes {classes}")
-    y = np.array([classes.index(label) if label else -1 for label in labels], np.int64)
+        at = f"{path}: cannot read row {len(rows) + 1}: {reason_of(error)}"
+        raise UserError(f"{at}; expected CSV UTF-8 with a header, or JSON Lines") from None
+    return rows
+
+
+def column_of(rows: list[dict], usual: str) -> Any:
+    """The first column with one of the `usual` names, in any case; None if there is none."""
+    known = {str(name).strip().casefold(): name for row in rows for name in row}
+    if rows and usual == TEXTS and not known.keys() & usual.split():
+        raise UserError(f"expected a column text or image; found {', '.join(known)}")
+    return next((known[name] for name in usual.split() if name in known), None)
+
+
+def label_in(cell: Any, where: str) -> str:
+    """The class name in a cell: in NFC, numbers like 1.0 as 1, "" if it is missing."""
+    if isinstance(cell, list | dict | bool):
+        raise UserError(f"{where}: {cell} is no label; expected a text or a number")
+    name = unicodedata.normalize("NFC", "" if cell is None else str(cell)).strip()
+    name = re.sub(r"^([-+]?\d+)\.0*$", r"\1", name)  # pandas writes numbers with gaps so
+    return "" if name.casefold() in MISSING else name
+
+
+def read_own(path: str, part: str) -> Split:
+    """Own texts or picture files (relative to their table), less rows without text. y: class
+    names, "" if missing; so is -1 among numbers. aug: columns aug_0, aug_1."""
+    rows = read_table(path, part)
+    text, label = column_of(rows, TEXTS), column_of(rows, LABELS)
+    y = [label_in(row.get(label), f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+    cells = [[row.get(name) for name in (text, "aug_0", "aug_1")] for row in rows]
+    table = [["" if cell is None else str(cell).strip() for cell in row] for row in cells]
+    table = [[cell.encode("utf-8", "replace").decode() for cell in row] for row in table]
+    if all(map(NUMBER.fullmatch, filter(None, y))):
+        y = ["" if name == "-1" else name for name in y]
+    table, y = np.array(table, object).reshape(-1, 3), np.array(y, object)
+    if empty := (table[:, 0] == "").sum():
+        print(f"{path}: left out {empty} rows without text")
+    y, table = y[table[:, 0] != ""], table[table[:, 0] != ""]
+    x, aug, folder = table[:, 0], table[:, 1:], Path(path).absolute().parent
+    if len(x) and os.path.isfile(folder / x[0]):
+        x = np.array([str(folder / file) for file in x], object)
+        return Split(x, y, files=x)
     aug = aug[:, (aug != "").any(axis=0)]
-    aug = np.where(aug == "", texts[:, None], aug) if aug.size else None
-    return Split(texts, y, aug=aug), classes
+    return Split(x, y, aug=np.where(aug == "", x[:, None], aug) if aug.size else None)
 
 
-def load_text_file(path: str, test_file: str | None) -> Data:
-    """Own texts (`read_texts`); training is without those of the test file or `held_out`."""
-    train, classes = read_texts(Path(path))
-    test = train.take(held_out(train.y, len(classes)))
-    if test_file:
-        test, _ = read_texts(Path(test_file), classes)
-    copies = among(train.x, test.x)
-    print(f"{path}: {len(test)} test texts; left out {copies.sum()} rows with one from training")
-    return Data(Path(path).stem, classes, train.take(~copies), test if len(test) else None)
+TEXTS, LABELS = "text ori sentence image file", "label category class target"  # usual columns
+MISSING = ("none", "null", "nan", "na", "n/a", "<na>", "unlabeled")
+NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+
+
+def load_own(dataset: str, test_file: str | None, data_dir: str, preset: Preset) -> Data:
+    """Own pictures or texts. For test: what is labeled in `test_file` or test/, else a fifth."""
+    path, tested = Path(dataset), Path(test_file or f"{dataset}/test")
+    train = read_own(dataset, "train")
+    by_value = lambda name: (not (n := NUMBER.fullmatch(name)), n and float(name))  # noqa: E731
+    classes, test = sorted(sorted({*train.y} - {""}), key=by_value), train.take([])
+    spellings = Counter(map(str.casefold, classes))
+    if twins := [name for name in classes if spellings[name.casefold()] > 1]:
+        twins = ", ".join(f"{name} ({(train.y == name).sum()} times)" for name in twins)
+        raise UserError(f"{path}: classes that differ only in case: {twins}; use one spelling")
+    if empty := sorted({at.name for at in path.glob("train/[!.]*/")} - {*classes, "unlabeled"}):
+        raise UserError(f"{path}: expected pictures in every folder train/<class>/; empty: {empty}")
+    if test_file or tested.is_dir():
+        test = read_own(test_file or dataset, "test")
+        if unknown := sorted({*test.y} - {*classes, ""}):
+            raise UserError(f"{tested}: has labels {unknown}, expected only those of {classes}")
+        test = test.take(test.y != "")
+        if not len(test):
+            print(f"{tested}: no labeled examples; goes on as without it")
+    number = dict(zip(["", *classes], range(-1, len(classes))))
+    for split in (train, test):
+        split.y = np.array([number[name] for name in split.y], np.int64)
+    sizes = np.bincount(train.y[train.y >= 0])
+    if not len(test) and min(sizes, default=0) >= 10:  # hold out a fixed fifth of every class
+        test = train.take(draw(train.y, sizes // 5, RandomState(0)))
+    name = path.resolve().name if path.is_dir() else path.stem
+    if train.files is None:
+        copies = among(train.x, test.x)  # never train on test examples
+        print(f"{path}: {len(test)} test texts; left out {copies.sum()} copies from training")
+        return Data(name, classes, train.take(~copies), test if len(test) else None)
+    store = f"{data_dir}/decoded/{name}-{content_hash(bytes(path.resolve())).hex()[:8]}"
+    test = decode(test, store, preset, "test") if len(test) else None
+    train = decode(train, store, preset, "train", test.keys if test else ())
+    return Data(name, classes, train, test)
 
 
 def draw(y: ndarray, sizes: Any, rng: RandomState) -> ndarray:
     """Positions of sizes[k] random examples of every class k."""
-    rows = (rng.permutation(np.flatnonzero(y == k))[:size] for k, size in enumerate(sizes))
-    return np.concatenate(list(rows))
-
-
-def held_out(y: ndarray, num_classes: int) -> ndarray:
-    """bool [N]: a fixed draw of a fifth of every class (y >= 0); none if a class has under ten."""
-    held, sizes = np.zeros(len(y), bool), np.bincount(y[y >= 0], minlength=num_classes)
-    if min(sizes, default=0) >= 10:
-        held[draw(y, sizes // 5, RandomState(0))] = True
-    return held
-
-
-def load_folder(folder: Path, data_dir: str, preset: Preset) -> Data:
-    """Own pictures: train/<class>/, perhaps unlabeled/ and test/<class>/, else `held_out` pictures
-    are the test part; its copies are left out of training. Raises UserError for another layout."""
-    name, classes = folder.resolve().name, sorted(at.name for at in folder.glob("train/[!.]*/"))
-    train, test = (
-        [(file, y) for y, label in enumerate(classes) for file in files_below(at / label)]
-        for at in (folder / "train", folder / "test")
-    )
-    wrong = {*classes, *(at.name for at in folder.glob("test/[!.]*/"))}
-    wrong -= {classes[y] for _, y in train}
-    if len(classes) < 2 or wrong:
-        expected = "pictures in at least two folders train/<class>/, no others in test/"
-        found = f"found {len(classes)}, empty or unknown: {sorted(wrong)}"
-        raise UserError(f"--dataset {folder}: expected {expected}; {found}")
-    held = held_out(np.array([y for _, y in train]), len(classes))
-    test = test or [train[i] for i in np.flatnonzero(held)]
-    train += [(file, -1) for file in files_below(folder / "unlabeled")]
-    store = f"{data_dir}/decoded/{name}-{content_hash(bytes(folder.resolve())).hex()[:8]}"
-    test_part = decode(test, store, preset, "test") if test else None
-    train_part = decode(train, store, preset, "train", test_part.keys if test else ())
-    return Data(name, classes, train_part, test_part)
+    return np.hstack([rng.permutation(np.flatnonzero(y == k))[:n] for k, n in enumerate(sizes)])
 
 
 def files_below(folder: Path) -> list[str]:
@@ -607,57 +601,61 @@ def files_below(folder: Path) -> list[str]:
     return sorted(filter(os.path.isfile, found))
 
 
-def decode(files: list, store: str, preset: Preset, part: str, test_keys: Any = ()) -> Split:
-    """Decode pictures [(name, label)] by all cores into a memory map; again if one has changed.
-    train: squashed to a square. test: short side to the same length, center crop. Left out:
-    pictures whose hash is in test_keys, and unreadable ones, which are listed."""
+def decode(split: Split, store: str, preset: Preset, part: str, test_keys: Any = ()) -> Split:
+    """Decode picture files into a memory map, again if one has changed. train: squashed, without
+    hashes in test_keys. test: short side fitted, center crop. Unreadable ones are listed."""
     side = preset.size if preset.pad else round(preset.size / 0.875)  # ZM crop_ratio
     shape = (3, *[side if part == "train" else preset.size] * 2)
-    names, y = np.array([name for name, _ in files], str), np.array([label for _, label in files])
-    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, names)]
-    recipe = json.dumps([shape, files, stats, sorted(test_keys)])
+    names, copies = split.x.astype(str), {*test_keys}
+    stats = [(name, (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in names]
+    recipe = json.dumps([shape, stats, sorted(copies)])
     path, done = Path(f"{store}-{part}-{side}.raw"), None
     note = path.with_suffix(".json")
     if path.exists() and note.exists():
-        done, *keys = json.loads(note.read_text())
+        done, *found = json.loads(note.read_text())
     if done != recipe:
-        keys, copies = [], set(test_keys)
+        found = []
         os.makedirs(path.parent, exist_ok=True)
         with ThreadPool() as pool, open(path.with_suffix(f".{os.getpid()}"), "wb") as to:
             decoded = pool.imap(lambda name: decode_one(name, side, shape), names)
-            for pixels, key in tqdm(decoded, f"decoding {part}", len(names), disable=None):
-                to.write(b"" if key in copies else pixels)
-                keys.append(key)
+            for pixels, *row in tqdm(decoded, f"decoding {part}", len(names), disable=None):
+                to.write(b"" if row[0] in copies else pixels)
+                found.append(row)
         os.replace(to.name, path)
-        write_atomically(note, json.dumps([recipe, *keys]).encode())
-    keys = np.array(keys)
-    kept = (keys != "") & ~among(keys, test_keys)
-    if "" in keys:
-        print("left out unreadable pictures:", *names[keys == ""], sep="\n  ")
+        write_atomically(note, json.dumps([recipe, *found]).encode())
+    keys, troubles = np.array(found, str).reshape(-1, 2).T
+    kept = (keys != "") & ~among(keys, copies)
+    for i in np.flatnonzero(keys == ""):
+        print(f"left out unreadable picture {names[i]} ({troubles[i]})")
     if not kept.any():
         raise UserError(f"{store}: none of the {len(names)} {part} pictures can be used")
     x = np.memmap(path, np.uint8, "c").reshape(-1, *shape)  # torch warns of read-only ones
-    return Split(x, y[kept], names[kept], keys[kept])
+    return Split(x, split.y[kept], names[kept], keys[kept])
 
 
-def decode_one(file: str, side: int, shape: tuple) -> tuple[bytes, str]:
-    """(a picture [C, H, W] in bytes, hash of its full pixels); both empty if it is unreadable."""
+def decode_one(file: str, side: int, shape: tuple) -> tuple[bytes, str, str]:
+    """(a picture [C, H, W] in bytes, hash of its full pixels, ""), or two empty ones and why."""
     try:
         image = read_picture(file)
-    except Exception:  # damaged files make Pillow raise errors of many kinds
-        return b"", ""
+    except Exception as error:  # damaged files make Pillow raise errors of many kinds
+        return b"", "", reason_of(error)
     fitted = functional.resize(image, [side] if shape[1] < side else [side, side])
     pixels = np.asarray(functional.center_crop(fitted, shape[1:])).transpose(2, 0, 1)
     content = image.tobytes() + str(image.size).encode()
-    return pixels.tobytes(), content_hash(content).hex()
+    return pixels.tobytes(), content_hash(content).hex(), ""
 
 
 def read_picture(file: str | Path) -> Image.Image:
-    """Any picture as 8-bit RGB: turned as its EXIF data say, on white where it is transparent."""
+    """Any picture as 8-bit RGB, turned as its EXIF data say, on white where it is transparent."""
     with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which convert would clip at 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        with suppress(Exception):  # damaged EXIF data: not turned
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # more than 8 bits, which convert would clip: scaled by range
+            x = np.array(image, float)
+            x -= min(0, x.min())
+            usual = (top for top in (1, 255, 4095, 65535) if top / 16 < x.max() <= top)
+            x *= 255 / next(usual, x.max() or 1)
+            image = Image.fromarray(np.rint(x).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -665,8 +663,7 @@ def read_picture(file: str | Path) -> Image.Image:
 
 
 def measured_part(data: Data) -> tuple[Split, str]:
-    """(the part to evaluate, what is measured): the test part and "test_acc"; if there is none, up
-    to 2,000 of the labeled training examples and "labeled_acc"."""
+    """(test part, "test_acc"), else (up to 2,000 labeled training examples, "labeled_acc")."""
     if data.test is not None:
         return data.test, "test_acc"
     labeled = RandomState(0).permutation(np.flatnonzero(data.train.y >= 0))[:2000]
@@ -674,7 +671,7 @@ def measured_part(data: Data) -> tuple[Split, str]:
 
 
 def share_right(right: int, total: int) -> str:
-    """As in: 63.00 % (95 % interval 59.94 to 65.96) of 1000; the interval is Wilson's."""
+    """As in: 63.00 % (95 % interval 59.94 to 65.96) of 1000, Wilson's interval."""
     from scipy.stats import binomtest
 
     low, high = (100 * end for end in binomtest(right, total).proportion_ci(method="wilson"))
@@ -688,24 +685,21 @@ def class_counts(y: ndarray, classes: list[str]) -> str:
     return ", ".join(rows if len(rows) <= 20 else [*rows[:10], "...", *rows[-10:]])
 
 
-def draw_labeled(y: ndarray, num_labels: int, num_classes: int, seed: int) -> ndarray:
-    """Positions [num_labels] of the labeled examples, num_labels / K of every class, seeded; for 0,
-    of all with a known label. Raises UserError if a class has too few or K does not divide it."""
-    if num_classes < 2:
-        raise UserError(f"found labels of {num_classes} classes; expected at least 2")
+def draw_labeled(y: ndarray, num_labels: int, K: int, seed: int) -> ndarray:
+    """Positions [num_labels] of labeled examples, as many of every class, seeded; 0: of all."""
+    if K < 2:
+        raise UserError(f"found {K} classes; expected 2 or more, such as folders train/<class>/")
     if num_labels == 0:
         return np.flatnonzero(y >= 0)
-    each, rest = divmod(num_labels, num_classes)
-    most = num_classes * np.bincount(y[y >= 0], minlength=num_classes).min()
-    if rest or not 0 < num_labels <= most:
-        expected = f"a multiple of {num_classes} (classes) up to {most}, or 0: all labels"
-        raise UserError(f"--num-labels {num_labels}: expected {expected}")
-    return draw(y, [each] * num_classes, RandomState(seed))
+    most = K * np.bincount(y[y >= 0], minlength=K).min()
+    if num_labels % K or not 0 < num_labels <= most:
+        expected = f"expected a multiple of {K} (classes) up to {most}, or 0: all labels"
+        raise UserError(f"--num-labels {num_labels}: {expected}")
+    return draw(y, [num_labels // K] * K, RandomState(seed))
 
 
 # ---------------------------------------------------------------------------- views of images
-# Every image has its own row of random numbers u in [0, 1), drawn on the CPU: views are the same
-# on every device. Images: uint8 [n, C, S, S], at most 2 levels from Pillow's.
+# Images: uint8 [n, C, S, S], with a row each of random numbers u in [0, 1), drawn on the CPU.
 
 
 def pick_pixels(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -736,8 +730,7 @@ def enhance(operation: Callable[..., Tensor], x: Tensor, v: Tensor) -> Tensor:
 
 
 def affine(x: Tensor, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Tensor:
-    """Pillow's AFFINE: out(x, y) = in(ax + by + c, dx + ey + f), nearest neighbor, black outside.
-    Coordinates are of pixel centers. a to f: numbers or [n, 1, 1, 1]."""
+    """Pillow's AFFINE: out(x, y) = in(ax + by + c, dx + ey + f) at pixel centers, black outside."""
     side = x.shape[3]
     center = torch.arange(0.5, side, device=x.device)
     columns, rows = a * center + b * center[:, None] + c, d * center + e * center[:, None] + f
@@ -771,13 +764,12 @@ RANGES = torch.tensor([row[:2] for row in RAND_AUGMENT.values()])
 
 
 def rand_augment(x: Tensor, u: Tensor) -> Tensor:
-    """Three operations per image, drawn with replacement, each with v uniform in its range.
-    u [n, 3, 2]: (operation, v) of each round. In a round, images are sorted by operation."""
+    """Three operations per image, with replacement. u [n, 3, 2]: (operation, v) of each round."""
     numbers = (u[..., 0] * len(RAND_AUGMENT)).long()  # [n, 3]
     low, high = RANGES[numbers].unbind(dim=2)
     values = low + (high - low) * u[..., 1]
     for number, v in zip(numbers.T, values.T, strict=True):
-        number, order = number.sort()
+        number, order = number.sort()  # images of one operation side by side
         sizes = number.bincount(minlength=len(RAND_AUGMENT)).tolist()  # on the CPU: no GPU waits
         x = x.index_select(0, order.to(x.device)).split(sizes)
         v = v[order, None, None, None].to(x[0].device).split(sizes)
@@ -792,8 +784,7 @@ WEAK_DRAWS, STRONG_DRAWS = 3, 12  # random numbers u per image
 
 
 def cutout(x: Tensor, u: Tensor) -> Tensor:
-    """Fill a square of side U(0, 0.5) * width around a center uniform over the image.  # C2
-    u [n, 3]: side, center row, center column."""
+    """Fill a square of side U(0, 0.5) * width. u [n, 3]: side, center row, center column.  # C2"""
     side, u = x.shape[3], u.to(x.device)[:, :, None] * x.shape[3]
     to_center = (torch.arange(0.5, side, device=x.device) - u[:, 1:]).abs()  # [n, 2, side]
     i, j = (to_center < u[:, :1] / 4).unbind(dim=1)
@@ -803,16 +794,17 @@ def cutout(x: Tensor, u: Tensor) -> Tensor:
 
 
 class Views:
-    """What the network sees of a split of images: normalized float batches, made on the device.
-    A split of up to 1 GiB is kept on the device; a larger one stays where it is."""
+    """What the network sees of a split of images: normalized float batches, made on the device."""
 
     def __init__(self, split: Split, preset: Preset, device: torch.device) -> None:
         self.geometry, self.device = (preset.size, preset.pad, preset.flip), device
         statistics = 255 * torch.tensor([preset.mean, preset.std], device=device)
         self.mean, self.std = statistics[..., None, None]  # [C, 1, 1]
         self.y, x = torch.tensor(split.y, device=device), torch.from_numpy(split.x)
-        self.x = x.to(device) if x.nbytes <= 2**30 else x
+        self.x = x.to(device) if x.nbytes <= 2**30 else x  # larger ones stay where they are
         self.batch = min(500, 16 + 2**21 // x[0].nbytes)  # evaluation; fewer large pictures
+        self.order, self.largest_id = torch.arange(len(split)), -1  # see TextViews
+        self.extra = torch.zeros(len(split), 0, device=device)  # further inputs of the heads
 
     def __len__(self) -> int:
         return len(self.y)
@@ -822,15 +814,14 @@ class Views:
 
     def weak(self, idx: Tensor) -> Tensor:
         """Normalized weak views [n, C, size, size] of the examples at idx [n]."""
-        u = uniform(len(idx), WEAK_DRAWS)
-        return self.normalized(crop_and_flip(self.pixels(idx), u, *self.geometry))
+        x, u = self.pixels(idx), uniform(len(idx), WEAK_DRAWS)
+        return self.normalized(crop_and_flip(x, u, *self.geometry))
 
     def strong(self, idx: Tensor) -> Tensor:
         """Normalized strong views; without a border, of a random part resized to the whole."""
         x, u = self.pixels(idx), uniform(len(idx), STRONG_DRAWS)
-        size, pad, _ = self.geometry
-        if not pad:
-            crop = RandomResizedCrop(size)  # 0.08 to 1 of the area, sides 3:4 to 4:3
+        if not self.geometry[1]:
+            crop = RandomResizedCrop(self.geometry[0])  # 0.08 to 1 of the area, sides 3:4 to 4:3
             x = torch.stack([crop(image) for image in x])
         x = crop_and_flip(x, u[:, :3], *self.geometry)
         x = rand_augment(x, u[:, 3:9].unflatten(1, (3, 2)))
@@ -868,16 +859,15 @@ def load_pretrained(kind: str, backbone: str, **options: Any) -> Any:
 
     transformers.logging.set_verbosity_error()  # no word about a pre-training head's weights
     transformers.logging.disable_progress_bar()
-    load = getattr(transformers, kind).from_pretrained
+    safely = options | {"trust_remote_code": False}  # never a folder's own code
     advice = "expected an id on the hub or a folder with config.json, tokenizer and weights"
     with explained(f"{backbone}: transformers' {kind} could not load it", advice):
-        return load(backbone, trust_remote_code=False, **options)  # never a folder's own code
+        return getattr(transformers, kind).from_pretrained(backbone, **safely)
 
 
 def token_augment(ids: Tensor, u: Tensor, special: Tensor, mask_id: int | None) -> Tensor:
-    """Delete, mask, swap (with the right neighbor) a tenth of the tokens; not special ones.  # T4
-    u [n, L, 2]: (delete or mask, swap). The ordinary token with the largest first number is never
-    deleted or masked, so that no text becomes empty. [n, L] -> [n, L]."""
+    """Delete, mask, swap (with the right neighbor) a tenth of the ordinary tokens [n, L].  # T4
+    u [n, L, 2]: (delete or mask, swap). The token with the largest first number always stays."""
     length, ordinary = ids.shape[1], (ids >= 0) & ~torch.isin(ids, special)
     u_edit = torch.where(ordinary, u[..., 0], -1)
     free = ordinary & (u_edit < u_edit.amax(dim=1, keepdim=True))
@@ -895,13 +885,25 @@ class TextViews(Views):
     def __init__(self, split: Split, preset: Preset, backbone: str, device: torch.device) -> None:
         tokenizer = load_pretrained("AutoTokenizer", backbone, truncation_side="right")
         self.max_length = min(preset.size, tokenizer.model_max_length)
+        config = load_pretrained("AutoConfig", backbone).to_dict()
+        positions = (config.get("max_position_embeddings") or -1) - 1
+        if 0 < positions < tokenizer.model_max_length - 1:  # RoBERTa's begin behind the padding id
+            self.max_length = min(preset.size, positions - (config.get("pad_token_id") or 0))
         columns = [split.x] if split.aug is None else [split.x, *split.aug.T]
-        texts, cut = np.concatenate(columns).tolist(), {"max_length": self.max_length}
-        self.rows = [*map(torch.tensor, tokenizer(texts, truncation=True, **cut)["input_ids"])]
+        texts = np.concatenate(columns).tolist()
+        rows = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        kinds = Counter(frozenset(row) for row in dict(zip(texts, rows)).values())
+        if kinds.most_common(1)[0][1] > max(3, 0.9 * kinds.total()):
+            raise UserError(f"{backbone} has no usable tokenizer: nearly all texts look the same")
+        self.rows = [torch.tensor(row or [0]) for row in rows]
+        self.largest_id = max(map(max, self.rows)).item()
+        lengths = torch.tensor([len(row) for row in self.rows[: len(split)]])
+        self.order = lengths.argsort(stable=True)  # for evaluation, with little padding
         self.num_aug = len(columns) - 1
         self.special = torch.tensor(tokenizer.all_special_ids, device=device)
         self.mask_id, self.batch = tokenizer.mask_token_id, 64
         self.y, self.device = torch.tensor(split.y, device=device), device
+        self.extra = torch.zeros(len(split), 0, device=device)
 
     def plain(self, idx: Tensor) -> Tensor:
         """Tokens [n, L] int64 of the texts at idx."""
@@ -921,23 +923,21 @@ class TextViews(Views):
 
 def make_views(split: Split, preset: Preset, backbone: str, device: torch.device) -> Views:
     """Views of images or of texts, as the split is."""
-    if split.is_text:
-        return TextViews(split, preset, backbone, device)
-    return Views(split, preset, device)
+    text = split.is_text
+    return TextViews(split, preset, backbone, device) if text else Views(split, preset, device)
 
 
 def join(views: list[Any]) -> Tensor:
     """One batch of several; rows of tokens are padded with -1 to the longest."""
     if views[0][0].ndim > 1:
         return torch.cat(views)
-    rows = [row for view in views for row in view]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    return nn.utils.rnn.pad_sequence([row for view in views for row in view], True, -1)
 
 
 # ---------------------------------------------------------------------------- backbones
-# An encoder maps images [n, C, H, W] or tokens [n, L] to features [n, num_features]. With
-# batch_statistics, rows of a batch influence one another.
+# An encoder maps images [n, C, H, W] or tokens [n, L] to features [n, num_features].
 VITS = {"vit_small_patch2_32": 2, "vit_small_patch16_224": 16}  # patch side; any image side works
+NAMES = ["cnn", "wrn_28_2", "efficientnet_b0", *VITS]
 
 
 class SmallCNN(nn.Sequential):
@@ -961,9 +961,8 @@ class WideBlock(nn.Module):
         self.bn1, self.bn2 = (nn.BatchNorm2d(c) for c in (c_in, c_out))  # C8
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.first, self.shortcut = c_in == 16, nn.Identity()
-        if c_in != c_out:
-            self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+        widened = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
+        self.first, self.shortcut = c_in == 16, widened or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.leaky_relu(self.bn1(x), 0.1)  # C5
@@ -974,15 +973,13 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-28-2 of FixMatch: 28 layers, width 2, leaky ReLU 0.1."""
 
-    num_features = 128
-
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1, self.blocks = nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.Sequential()
         for c_in, c_out, stride in ((16, 32, 1), (32, 64, 2), (64, 128, 2)):
             self.blocks.append(WideBlock(c_in, c_out, stride))
             self.blocks.extend(WideBlock(c_out, c_out, 1) for _ in range(3))
-        self.bn = nn.BatchNorm2d(128)
+        self.bn, self.num_features = nn.BatchNorm2d(128), 128
         for p in self.parameters():
             if p.ndim == 4:
                 nn.init.kaiming_normal_(p, mode="fan_out", nonlinearity="leaky_relu")
@@ -992,9 +989,7 @@ class WideResNet(nn.Module):
 
 
 class PretrainedEncoder(nn.Module):
-    """ViT-S, torchvision's EfficientNet-B0, or an image or text encoder of transformers.
-    Images, gray ones in all three channels: the class token, or the mean over places. Texts: the
-    mean over a row's tokens (T1) with dropout 0.1 (ZM nets/bert). Random until `load_weights`."""
+    """ViT-S, EfficientNet-B0 (torchvision's), or an image or text encoder of transformers."""
 
     def __init__(self, backbone: str, size: int, reads_text: bool) -> None:
         super().__init__()
@@ -1009,13 +1004,16 @@ class PretrainedEncoder(nn.Module):
             self.model = efficientnet_b0()
             self.model.classifier = nn.Identity()
         else:
-            from transformers import AutoModel
+            from transformers import MODEL_MAPPING, AutoModel
 
             config = load_pretrained("AutoConfig", backbone)
             model = AutoModel.from_config(config, dtype=torch.float32)
             self.model = getattr(model, "vision_model", model)
+            if type(self.model.config) not in MODEL_MAPPING:
+                raise ValueError("transformers could not load its vision model again")
             if reads_text:
-                self.model.pooler = None  # the mean does not use it
+                self.model.pooler = nn.Identity()  # the mean does not use it
+                self.num_tokens = self.model.get_input_embeddings().num_embeddings
         names = str(dict(self.named_parameters()).keys())
         self.has_class_token = "cls_token" in names or "class_emb" in names
         x = torch.zeros(1, 8).long() if reads_text else torch.zeros(1, 3, size, size)
@@ -1027,7 +1025,7 @@ class PretrainedEncoder(nn.Module):
         if self.reads_text:
             mask = x >= 0
             out = self.model(x.clamp(min=0), attention_mask=mask.long()).last_hidden_state
-            out = F.dropout(out.float(), 0.1, self.training)  # the mean in float32
+            out = F.dropout(out.float(), 0.1, self.training)  # ZM nets/bert; float32 for the mean
             return (out * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)  # T1
         out = self.model(x.expand(-1, 3, -1, -1))
         out = getattr(out, "last_hidden_state", out)  # [n, tokens, D], [n, D, h, w] or [n, D]
@@ -1037,13 +1035,14 @@ class PretrainedEncoder(nn.Module):
 
 
 class Student(nn.Module):
-    """Encoder + main head + (after `add_kd_head`) auxiliary head. Batch, extra inputs of the heads
-    [n, num_extra] or None -> (logits [n, K], logits_kd [n, K] or None, features [n, D])."""
+    """Batch, extra inputs [n, num_extra] -> (logits [n, K], auxiliary head's or None, features)."""
 
     def __init__(self, encoder: nn.Module, num_classes: int, num_extra: int = 0) -> None:
         super().__init__()
         self.encoder, self.num_classes, self.kd_head = encoder, num_classes, None
         encoder.batch_statistics = any(isinstance(m, nn.BatchNorm2d) for m in encoder.modules())
+        layers = type(getattr(encoder, "model", encoder)).__module__
+        self.channels_last = encoder.batch_statistics and "transformers" not in layers
         width = encoder.num_features + num_extra
         self.head = nn.Linear(width, num_classes)
         if getattr(encoder, "reads_text", False):
@@ -1052,12 +1051,11 @@ class Student(nn.Module):
     def add_kd_head(self) -> None:
         """The main head's architecture with new random weights."""
         self.kd_head = copy.deepcopy(self.head)
-        for module in self.kd_head.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
+        for layer in [m for m in self.kd_head.modules() if isinstance(m, nn.Linear)]:
+            layer.reset_parameters()
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Any, Tensor]:
-        if self.encoder.batch_statistics:
+        if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)  # faster convolutions
         features = self.encoder(x)
         if extra is not None:
@@ -1065,16 +1063,12 @@ class Student(nn.Module):
         return self.head(features), self.kd_head and self.kd_head(features), features
 
 
-def build_student(
-    backbone: str, preset: Preset, num_classes: int, num_extra: int = 0, weights: Any = "none"
-) -> Student:
-    """A student with pre-trained encoder (`load_weights`) and random heads; seed torch first.
-    preset: channels (none: texts) and size of what it sees. Raises UserError if they do not fit."""
+def build_student(backbone: str, preset: Preset, K: int, num_extra=0, weights="none", parts=()):
+    """Pre-trained encoder and random heads (seed torch first), tried on `parts` (Views)."""
     channels, size = len(preset.mean), preset.size
     advice = "expected the id or folder of a transformers encoder for texts"
     if channels:
-        names = ", ".join(["cnn", "wrn_28_2", "efficientnet_b0", *VITS])
-        advice = f"expected {names}, or one of transformers for images of {size} pixels"
+        advice = f"expected {', '.join(NAMES)}, or one of transformers for {size} pixels (--size)"
     with explained(f"--backbone {backbone} cannot be used", advice):
         if backbone == "cnn" and channels:
             encoder = SmallCNN(channels, size)
@@ -1083,7 +1077,21 @@ def build_student(
         else:
             encoder = PretrainedEncoder(backbone, size, reads_text=not channels)
     load_weights(encoder, backbone, weights)
-    return Student(encoder, num_classes, num_extra)
+    student = Student(encoder, K, num_extra)
+    seen = {name: getattr(preset, name) for name in ("size", "pad", "mean", "std")}
+    student.config = seen | {"backbone": backbone, "num_extra": num_extra}
+    with explained(f"--backbone {backbone} cannot be used", advice):
+        for views in parts:
+            x, extra = views.plain(views.order[[0, -1]]).cpu(), torch.zeros(2, num_extra)
+            if views.largest_id >= getattr(encoder, "num_tokens", 0):
+                raise ValueError("its tokenizer has more tokens than its embedding")
+            with torch.no_grad():
+                student.train(channels == 0)(x, extra)  # some take other rows in training
+                first, again = (student.eval()(x, extra)[0] for _ in range(2))
+                alone, _, _ = student(views.plain(views.order[:1]).cpu(), extra[:1])
+            if not torch.allclose(torch.cat([again, alone]), first[[0, 1, 0]], 1e-3, 1e-3):
+                raise ValueError("its answers are random, or depend on other rows of a batch")
+    return student.train()
 
 
 USB = "https://github.com/microsoft/Semi-supervised-learning/releases/download/v.0.0.0/"
@@ -1100,19 +1108,8 @@ TIMM_NAMES = {  # pattern in timm's names of a ViT: torchvision's name
 }  # fmt: skip
 
 
-def from_timm(state: dict[str, Tensor], patch: int, size: int) -> dict[str, Tensor]:
-    """A ViT's weights under torchvision's names, positions resized to images of `size` pixels."""
-    names = "\n".join(state)
-    for pattern, ours in TIMM_NAMES.items():
-        names = re.sub(pattern, ours, names, flags=re.MULTILINE)
-    state = dict(zip(names.split(), state.values(), strict=True))
-    return interpolate_embeddings(size, patch, state)
-
-
-@first_process_first()
 def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None:
-    """Fill an encoder with the weights of a file or folder, the published ones (None), or "none".
-    Raises UserError if they cannot be downloaded or read, or do not fit."""
+    """Fill an encoder with the weights of a file or folder; None: the published ones."""
     if weights == "none" or (weights is None and backbone in ("cnn", "wrn_28_2")):
         return
     target, source = getattr(encoder, "model", encoder), weights or backbone
@@ -1130,21 +1127,23 @@ def load_weights(encoder: nn.Module, backbone: str, weights: str | None) -> None
             state = getattr(model, "vision_model", model).state_dict()
         state = {k.removeprefix("module."): w for k, w in state.get("model", state).items()}
         if "pos_embed" in state:
-            state = from_timm(state, target.patch_size, target.image_size)
+            names = "\n".join(state)
+            for pattern, ours in TIMM_NAMES.items():
+                names = re.sub(pattern, ours, names, flags=re.MULTILINE)
+            state = dict(zip(names.split(), state.values(), strict=True))
+            state = interpolate_embeddings(target.image_size, target.patch_size, state)
         missing, left = target.load_state_dict(state, strict=False)
+        own = tuple({name.partition(".")[0] + "." for name in target.state_dict()})
         heads = ("fc", "classifier", "mlp", "head", "pooler")  # ZM semilearn/nets/utils.py
-        if wrong := missing + [name for name in left if not name.startswith(heads)]:
+        left = [name for name in left if name.startswith(own) or not name.startswith(heads)]
+        if wrong := missing + left:
             raise ValueError(f"{len(wrong)} tensors missing or left over, such as {wrong[0]}")
     print(f"{backbone} starts from {WEIGHTS.get(source, source)}")
 
 
-def optimizer_of(
-    student: nn.Module, kind: str, lr: float, weight_decay: float, layer_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9. No decay for 1-D tensors (biases,
-    norms), positions, class token. `lr_scale`, a group's factor of the learning rate: 1 for heads,
-    times layer_decay from each block of the largest ModuleList (else Sequential) to the one below
-    it and to what precedes the first; what follows joins the last. Source: ZM nets/utils.py."""
+def optimizer_of(student: Any, kind: str, lr: float, weight_decay: float, layer_decay: float):
+    """No decay for biases, norms, positions, class token. lr_scale: 1 for heads, times layer_decay
+    per block of the largest ModuleList (else Sequential) downwards. Source: ZM nets/utils.py."""
     lists = [m for m in student.encoder.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
     blocks = max(lists, key=lambda m: (type(m) is nn.ModuleList, len(m.state_dict())), default=())
     layer, groups = 0, {}
@@ -1166,9 +1165,8 @@ def optimizer_of(
 
 
 def average_of(student: nn.Module, decay: float) -> AveragedModel:
-    """`.module`: weights <- d * weights + (1 - d) * student's, batch statistics included, where
-    d = min(decay, (1 + t) / (10 + t)) after t updates: short averages at first.  # C8
-    The first update copies; with decay 0 every update does."""
+    """`.module`: weights <- d * weights + (1 - d) * student's, batch statistics included; after t
+    updates d = min(decay, (1 + t) / (10 + t)); at t = 0 it copies.  # C8"""
 
     def update(averaged: list[Tensor], current: list[Tensor], on_device: Tensor) -> None:
         t = average.n_averaged.item()  # on the CPU: no GPU waits
@@ -1179,60 +1177,53 @@ def average_of(student: nn.Module, decay: float) -> AveragedModel:
 
 
 @torch.no_grad()
-def predict(student: nn.Module, views: Views, autocast=nullcontext, extra: Any = None) -> Tensor:
+def predict(student: nn.Module, views: Views, autocast: Callable = nullcontext) -> Tensor:
     """Class probabilities [N, K] float32 of the main head on all plain views, on the CPU."""
-    student.eval()
-    order, probs = torch.arange(len(views)), []
-    if isinstance(views, TextViews):  # short rows first, for batches with little padding
-        order = torch.tensor([len(views.rows[i]) for i in order]).argsort(stable=True)
-    for idx in order.split(views.batch):
+    student, probs = student.eval(), []
+    for idx in views.order.split(views.batch):
         with autocast():
-            logits, _, _ = student(views.plain(idx), None if extra is None else extra[idx])
+            logits, _, _ = student(views.plain(idx), views.extra[idx])
         probs.append(logits.float().softmax(dim=1).cpu())
-    return torch.cat(probs)[order.argsort()]
+    return torch.cat(probs)[views.order.argsort()]
 
 
 def pseudo_label_accuracy(label: Tensor, mask: Tensor, y_true: Tensor) -> dict[str, Tensor]:
-    """Monitoring: percent right of all pseudo-labels and of those above the threshold; NaN: none.
-    [B_u] int64, [B_u] in [0, 1], [B_u] int64 (-1: unknown, left out)."""
+    """Percent right of all pseudo-labels [B_u], of those with mask 1; y_true -1: unknown."""
     known, right = (y_true >= 0).float(), 100 * (label == y_true).float()
     masked = (right * mask).sum() / (known * mask).sum()
     return {"pl_acc": right.sum() / known.sum(), "pl_acc_masked": masked}
 
 
 # ---------------------------------------------------------------------------- run folder
+STOP = {"signal": 0, "waits": False}  # the last signal; whether training will save first
+
+
+def note_signal(number: int, frame: Any) -> None:
+    """A first signal during training waits for the next `Run.save`; others stop at once."""
+    at_once, STOP["signal"] = STOP["signal"] or not STOP["waits"], number
+    if at_once:
+        raise KeyboardInterrupt
 
 
 class Run:
-    """A folder `runs/<name>-<time>/`: arguments, metrics, checkpoint, result, student. Scalars stay
-    tensors until a line is printed: no step waits. `save` answers signals between two steps."""
+    """A folder runs/<name>-<time>/. Scalars stay tensors until a line is printed: no step waits."""
 
     def __init__(self, name: str, args: dict[str, Any], device: torch.device, dtype: Any) -> None:
         """A new folder in args["runs_dir"], or that of the run which args["resume"] continues."""
         self.args, self.device, self.dtype, resume = args, device, dtype, args["resume"]
-        folder = Path(resume or f"{args['runs_dir']}/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        while not resume and folder.exists():  # two runs in one second
-            folder = folder.with_name(folder.name + "b")
-        self.folder = from_first_process(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        begun = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # of this run alone
+        self.folder = Path(from_first_process(resume or f"{args['runs_dir']}/{name}-{begun}"))
+        if not RANK:
+            os.makedirs(self.folder, exist_ok=bool(resume))
+        self.metrics = open(os.devnull if RANK else self.folder / "metrics.jsonl", "a", 1)
+        if not RANK and not lock(self.metrics):
+            raise UserError(f"{self.folder}: another process trains in this folder")
         checkpoint = self.folder / "checkpoint.pt"
         self.state = {"stage": 0, "step": 0, "seconds": 0}
         if checkpoint.exists():
             with explained(f"{checkpoint} is damaged", "start a new run"):
                 self.state |= torch.load(checkpoint, map_location=device, weights_only=True)
         self.history = self.state.get("history", {})  # stage: accuracies
-        self.missing = self.state.get("missing", [])  # classes that are never predicted
-        self.pending = self.state.get("pending", {})  # scalars since the last line, by name
-        if not resume:
-            write_atomically(self.folder / "args.json", args)
-        git = f"git -C '{Path(__file__).parent}' describe --always --dirty"
-        gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
-        write_atomically(self.folder / "env.json", {  # what it takes to repeat the run
-            "command": sys.argv, "python": sys.version, "torch": torch.__version__,
-            "device": f"{device} {gpu}", "autocast": str(dtype),
-            "threads": torch.get_num_threads(), "commit": subprocess.getoutput(git),
-        })  # fmt: skip
-        self.metrics = open(os.devnull if RANK else self.folder / "metrics.jsonl", "a")
         if not RANK:  # what was logged after the checkpoint will come again
             self.metrics.seek(self.metrics.truncate(self.state.get("metrics_bytes", 0)))
         self.board = None
@@ -1242,43 +1233,48 @@ class Run:
 
                 self.board = SummaryWriter(str(self.folder))
         self.start = self.saved = self.stage_start = time.perf_counter()
-        self.steps, self.signal = 0, 0
-        if threading.current_thread() is threading.main_thread():
-            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-                if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                    signal.signal(number, self.note_signal)
+        self.steps, self.pending = 0, {}
+        # Losses stay outside of autocast: bfloat16's 0.949 passes 0.95. Only float16 is scaled.
+        self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+        scaled = dtype == torch.float16
+        self.scaler = partial(torch.amp.GradScaler, device.type, enabled=scaled)
 
-    def note_signal(self, number: int, frame: Any) -> None:
-        self.signal = number
-        signal.signal(number, signal.default_int_handler)  # a second signal stops at once
-
-    def describe(
-        self, data: Data, labeled: ndarray, measured: str, y_zs: ndarray | None = None
-    ) -> None:
-        """Print the plan, write the labeled positions. y_zs [N]: the teacher's labels, -1: none."""
+    def describe(self, data: Data, labeled: ndarray, measured: str, y_zs: Any = None) -> None:
+        """Print the plan, write it. y_zs [N]: the teacher's labels, -1: none."""
         self.measured, self.classes, y_lb = measured, data.classes, data.train.y[labeled]
         self.counts = np.bincount(y_lb, minlength=len(self.classes))
-        given = (f"{name} {value}" for name, value in self.args.items() if value is not None)
-        print(*given, f"\n{self.folder} on {self.device}, autocast {self.dtype}; {measured}")
-        sizes = f"{len(labeled)} labeled, {len(data.train)} unlabeled (with labeled)"
-        print(f"{sizes}, {len(data.test or ())} test; labels: {class_counts(y_lb, data.classes)}")
+        print(*(f"{name} {value}" for name, value in self.args.items() if value is not None))
+        print(f"{self.folder} on {self.device}, autocast {self.dtype}; {measured}\n{len(labeled)} "
+              f"labeled, {len(data.train)} unlabeled (with labeled), {len(data.test or ())} test; "
+              f"labels: {class_counts(y_lb, data.classes)}")  # fmt: skip
         if y_zs is not None:
             right = share_right(int((y_zs[labeled] == y_lb).sum()), len(labeled))
             print(f"teacher's labels: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
             print(f"teacher right on labeled examples: {right}", flush=True)
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+        given = *data.train.hashes(), y_lb.tobytes(), str(y_zs is None or y_zs.tolist()).encode()
+        now = {  # what it takes to repeat the run
+            "command": sys.argv, "python": sys.version, "torch": torch.__version__,
+            "device": f"{self.device} {gpu}", "threads": torch.get_num_threads(),
+            "data": content_hash(b"".join(given)).hex(),
+        }  # fmt: skip
+        env = self.folder / "env.json"
+        first = json.loads(env.read_text()) if env.exists() else now | {"resumed": []}
+        if first["data"] != now["data"]:
+            raise UserError(f"{self.folder}: the examples or labels have changed; start a new run")
+        if self.args["resume"]:
+            first["resumed"].append(now)
+        else:
+            amp = next(name for name, dtype in AMP.items() if dtype == self.dtype)
+            resolved = {"amp": amp, "device": self.device.type}
+            write_atomically(self.folder / "args.json", self.args | resolved)
+        write_atomically(env, first)
         write_atomically(self.folder / "labeled_idx.txt", "\n".join(map(str, labeled)).encode())
 
-    def autocast(self) -> Any:
-        """Context of forward passes. Losses stay outside: bfloat16's 0.949 passes 0.95."""
-        return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss in float16 only; otherwise its calls change nothing."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-
     def restore(self, stage: int, parts: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """(first step, state): from the checkpoint if it is of this stage, else (0, {})."""
-        self.stage_start, self.steps = time.perf_counter(), 0  # of this session
+        """(first step, state) of the checkpoint if it is of this stage, else (0, {})."""
+        self.stage_start, self.steps, self.pending = time.perf_counter(), 0, {}
+        STOP["waits"] = True  # from now on, `save` answers signals
         if self.state["stage"] != stage:
             return 0, {}
         for name, part in parts.items():
@@ -1286,60 +1282,58 @@ class Run:
         print(f"continuing in stage {stage} after step {self.state['step']}")
         return self.state["step"], self.state
 
-    def log(
-        self, stage: int, step: int, num_steps: int, line: str, **values: Tensor | float
-    ) -> None:
-        """Keep one step's scalars; every --log-every steps write their means and print `line`.
-        Means skip NaN (rates without cases). Raises UserError if a loss is not finite."""
+    def log(self, stage: int, step: int, num_steps: int, line: str, **values: Any) -> None:
+        """Keep one step's scalars; every --log-every steps write their means and print `line`."""
         for name, value in values.items():
             self.pending.setdefault(name, []).append(torch.as_tensor(value).detach())
         self.steps += 1
         if (step + 1) % self.args["log_every"] and step + 1 < num_steps:
             return
-        means = {name: column.nanmean().item() for name, column in self.columns(stage, step)}
+        means = self.means(stage, step)
         row = {f"train/{name}": mean for name, mean in means.items()}
         row["time/step_per_s"] = rate = self.steps / (time.perf_counter() - self.stage_start)
         left = timedelta(seconds=round((num_steps - step - 1) / rate))
         said = line.format(**means).replace(" pl_acc nan", "")  # where nothing is known
         self.write(stage, step, row, f"/{num_steps} | {said} | {rate:.3g} step/s, {left} left")
-        self.pending = {}
 
-    def columns(self, stage: int, step: int) -> Iterator[tuple[str, Tensor]]:
-        """(name, pending values [steps], mean over processes). Raises UserError as `log` does."""
+    def means(self, stage: int, step: int) -> dict[str, float]:
+        """Means of the scalars since the last line or checkpoint; NaN (no cases) is skipped."""
+        means = {}
         for name, values in self.pending.items():
             values = [torch.as_tensor(value, device=self.device).float() for value in values]
             column = mean_over_processes(torch.stack(values)).cpu()
-            for at, value in enumerate(column.tolist(), step + 2 - len(column)):
-                if name.startswith("loss") and not math.isfinite(value):
-                    raise UserError(
-                        f"{name} became {value} at stage {stage} step {at}; try a lower --lr or "
-                        f"--amp off (the last good checkpoint stays in {self.folder})"
-                    )
-            yield name, column
+            if name.startswith("loss") and not column.isfinite().all():
+                at = f"{name} is not finite at stage {stage} step {step + 1}; checkpoint: before"
+                raise UserError(f"{at}; try a lower --lr or --amp off in a new run")
+            means[name] = column.nanmean().item()
+        self.pending = {}
+        return means
 
     def due(self, step: int, num_steps: int) -> bool:
         """Whether step is one of every --eval-every steps, or the last."""
         return (step + 1) % self.args["eval_every"] == 0 or step + 1 == num_steps
 
-    def evaluate(
-        self, stage: int, step: int, num_steps: int, student: Any, test: Views, extra: Any = None
-    ) -> None:
+    def evaluate(self, stage: int, step: int, num_steps: int, student: Any, test: Views) -> None:
         """If it is due, log the accuracy in percent of `student` on `test`."""
         if not self.due(step, num_steps):
             return
-        label = predict(student, test, self.autocast, extra).argmax(dim=1)
-        self.missing = sorted({*range(len(self.classes))} - {*label.tolist()})
+        label = predict(student, test, self.autocast).argmax(dim=1)
         acc = 100 * (label == test.y.cpu()).float().mean().item()
         name = "test/acc" if self.measured == "test_acc" else f"train/{self.measured}"
         row = {name: acc, "time/hours": self.seconds() / 3600}
         self.history.setdefault(stage, []).append(acc)
         self.write(stage, step, row, *(f" | {name} {value:.2f}" for name, value in row.items()))
+        for k in sorted({*range(len(self.classes))} - {*label.tolist()}):
+            if step + 1 == num_steps:
+                print(f"never predicted: {self.classes[k]} ({self.counts[k]} labels)")
 
     def write(self, stage: int, step: int, row: dict[str, float], *said: str) -> None:
         values = {name: None if math.isnan(value) else value for name, value in row.items()}
-        line = json.dumps({"stage": stage, "step": step + 1} | values)
-        print(line, file=self.metrics, flush=True)
-        print(f"stage {stage} step {step + 1}", *said, sep="", flush=True)
+        print(json.dumps({"stage": stage, "step": step + 1} | values), file=self.metrics)
+        try:
+            print(f"stage {stage} step {step + 1}", *said, sep="", flush=True)
+        except BrokenPipeError:  # whoever read it has left: save and stop
+            sys.stdout, STOP["signal"] = open(os.devnull, "w"), signal.SIGTERM
         for name, value in row.items() if self.board else ():
             self.board.add_scalar(f"stage {stage}/{name}", value, step + 1)
 
@@ -1348,55 +1342,46 @@ class Run:
         return self.state["seconds"] + time.perf_counter() - self.start
 
     def urgent(self) -> bool:
-        """Whether a process got a signal, or the last save was ten minutes ago; all agree."""
-        urgent = time.perf_counter() - self.saved > 600 or self.signal > 0
+        """Whether any process got a signal, or the last save was ten minutes ago."""
+        urgent = time.perf_counter() - self.saved > 600 or STOP["signal"] > 0
         return bool(mean_over_processes(torch.tensor(urgent).float()))
 
     def save(self, stage: int, step: int, num_steps: int, parts: dict, **state: Any) -> None:
-        """If it is due or urgent, replace checkpoint.pt by the state_dicts of `parts` and `state`.
-        Ends the run (KeyboardInterrupt) after a signal. Raises UserError if a loss is not finite
-        or the disk is full; the previous checkpoint stays."""
+        """If due or urgent, replace the checkpoint. Raises KeyboardInterrupt after a signal."""
         if not self.urgent() and not self.due(step, num_steps):
             return
+        self.means(stage, step)
         buffer, parts = io.BytesIO(), {name: part.state_dict() for name, part in parts.items()}
         torch.save({
             "stage": stage, "step": step + 1, "seconds": self.seconds(), "history": self.history,
-            "pending": {name: column.tolist() for name, column in self.columns(stage, step)},
-            "missing": self.missing, "metrics_bytes": self.metrics.tell(), **parts, **state,
+            "metrics_bytes": self.metrics.tell(), **parts, **state,
         }, buffer)  # fmt: skip
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
         self.saved = time.perf_counter()
         if self.urgent():  # right after a save: on a signal only
+            self.metrics.close()
             raise KeyboardInterrupt(self.folder)
 
     def accuracy(self, stage: int) -> float | None:
         """The reported figure of a stage, percent: its last evaluation, never the best one."""
         return self.history.get(stage, [None])[-1]
 
-    def finish(
-        self, stage: int, student: nn.Module, preset: Preset, lines: dict[str, float | None],
-        num_extra: int = 0, **facts: Any,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Write the student and result.json (last evaluation of `stage`, median of its last 20,
-        percent), print `lines`, return the result."""
-        known = preset._asdict() | self.args | {"classes": self.classes, "num_extra": num_extra}
-        names = "dataset backbone size pad mean std classes num_extra".split()
-        save_student(self.folder / "student", student, {name: known[name] for name in names})
+    def finish(self, stage: int, student: Any, lines: dict[str, Any], **facts: Any) -> dict:
+        """Write the student and result.json, print `lines`, return the result."""
+        config = student.config | {"dataset": self.args["dataset"], "classes": self.classes}
+        if not RANK:
+            save_student(self.folder / "student", student, config)
         last20 = self.history[stage][-20:]
         result = {
             self.measured: last20[-1], f"{self.measured}_median20": float(np.median(last20)),
             "measured": self.measured, "seconds": self.seconds(), **facts,
         }  # fmt: skip
         write_atomically(self.folder / "result.json", result | {"args": self.args})
-        if self.board:
-            self.board.close()
+        for file in filter(None, (self.metrics, self.board)):
+            file.close()
         print(f"\n{self.measured}, last evaluation")
         for name, acc in lines.items():
             print(f"  {name:34} {'unknown' if acc is None else f'{acc:.2f} %'}")
-        if (lines[name] or 0) < max(acc or 0 for acc in lines.values()):
-            print("Not the best of these: try more --num-steps, a lower --lr, more --num-labels")
-        for k in self.missing:
-            print(f"never predicted: {self.classes[k]} ({self.counts[k]} labels)")
         student = f"{self.folder}/student"
         print(f"Label new data with the student, or load it in Python:\n  python pseudolabel.py "
               f"--teacher student --student {student} --dataset NEW --csv answers.csv\n  "
@@ -1404,32 +1389,38 @@ class Run:
         return result
 
 
+def lock(file: Any) -> bool:
+    """Keep other processes out of an open file; False if one has it. Locks may be unsupported."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except (ImportError, OSError):  # Windows, some file systems
+        pass
+    return True
+
+
 def write_atomically(path: Path, content: Any) -> None:
-    """Write bytes, or a dict as JSON, to a temporary file, flush, rename: `path` is old or new.
-    Only the first process writes. Raises UserError if the disk is full."""
+    """The first process writes bytes, or a dict as JSON: whatever happens, `path` is old or new."""
     if RANK:
         return
     if isinstance(content, dict):
         content = (json.dumps(content, indent=2) + "\n").encode()
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        said = f"could not write {path} ({error.strerror})"
-        raise UserError(f"{said}; earlier files are intact: make room, continue") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> None:
-    """Encoder and main head as model.safetensors with config.json. A model of transformers is also
-    saved in encoder/, with its tokenizer, for AutoModel.from_pretrained."""
-    if RANK:
-        return
+    """Encoder and main head; encoder/: once more in transformers' format, with its tokenizer."""
     folder.mkdir(exist_ok=True)
     model = getattr(student.encoder, "model", None)
     if hasattr(model, "save_pretrained"):
@@ -1437,58 +1428,66 @@ def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> No
         if student.encoder.reads_text:
             load_pretrained("AutoTokenizer", config["backbone"]).save_pretrained(folder / "encoder")
     state = student.state_dict().items()
-    weights = {name: w.contiguous() for name, w in state if not name.startswith("kd_head.")}
+    weights = {name: w.clone().contiguous() for name, w in state if not name.startswith("kd_head.")}
     write_atomically(folder / "model.safetensors", save(weights))
     write_atomically(folder / "config.json", config)
 
 
 def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
-    """(student in eval mode, config) of a folder of `save_student`. Raises UserError otherwise."""
+    """(student in eval mode, config) of a folder of `save_student`."""
     folder = Path(folder)
     with explained(f"{folder} is no student", "expected the folder RUN/student"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (folder / "encoder").exists():
             config["backbone"] = str(folder / "encoder")
         preset = Preset(**{name: config[name] for name in ("size", "mean", "std")})
-        num_classes = len(config["classes"])
-        student = build_student(config["backbone"], preset, num_classes, config["num_extra"])
+        known = preset, len(config["classes"]), config["num_extra"]
+        student = build_student(config["backbone"], *known)
         student.load_state_dict(load_file(folder / "model.safetensors"))
     return student.eval(), config
 
 
-def resumed(args_type: type, folder: str) -> Any:
-    """The arguments of the run in `folder`. Raises UserError if it is no run of this script, and
-    for a changed argument."""
-    advice = f"expected the folder of a run of {Path(sys.argv[0]).name}, e.g. runs/NAME"
-    with explained(f"--resume {folder} cannot be continued", advice):
-        saved = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
-        saved = args_type(**saved | {"resume": folder})
-    args = tyro.cli(args_type, default=saved)
-    for name in vars(saved).keys() - {"data_dir", "runs_dir", "device"}:
-        if (now := getattr(args, name)) != (was := getattr(saved, name)):
-            flag = f"--{name.replace('_', '-')} {now}"
-            raise UserError(f"{flag}: the run has {was}; leave the flag out or start a new run")
-    return args
+FIXES = {  # pattern of errors that are not ours: what the user can do
+    "(?i)out ?of ?memory|MemoryError|allocate": "(try a lower --batch-size, --uratio or --size)",
+    "No space left|quota": "(earlier files are intact: make room, then continue with --resume)",
+    "more than 1 value per channel": "(try a larger --batch-size)",
+    "_dynamo|_inductor|Compiler": "(leave out --compile)",
+}
 
 
 def cli(args_type: type, main: Callable[[Any], Any]) -> None:
-    """Parse the command line into `args_type` and call `main`.
-    Exit codes: 0 done, 2 the user can fix it (one line on standard error), 130 stopped."""
+    """Parse the command line, call `main`. Exit: 0 done, 2 the user can fix it, 130 stopped."""
     script, code = Path(sys.argv[0]).name, 0
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, note_signal)
     try:
         args = tyro.cli(args_type, description=sys.modules["__main__"].__doc__)
-        if getattr(args, "resume", None):
-            args = resumed(args_type, args.resume)
+        if folder := getattr(args, "resume", None):
+            expected = f"expected the folder of a run of {script}"
+            with explained(f"--resume {folder} cannot be continued", expected):
+                saved = json.loads(Path(folder, "args.json").read_bytes()) | {"resume": folder}
+                saved = args_type(**saved)
+            args = tyro.cli(args_type, default=saved)
+            for name in vars(saved).keys() - {"data_dir", "runs_dir", "device"}:
+                now, was = getattr(args, name), getattr(saved, name)
+                if now != was and os.path.abspath(str(now)) != was:
+                    flag = f"--{name.replace('_', '-')} {now}"
+                    raise UserError(f"{flag}: the run has {was}; leave it out or start a new run")
         if PROCESSES > 1:  # gloo for CPU tensors, nccl for CUDA; others wait while the first labels
             torch.distributed.init_process_group(timeout=timedelta(days=1))
         if RANK:
             sys.stdout = sys.stderr = open(os.devnull, "w")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops labeling in order
         main(args)
         if PROCESSES > 1:
             torch.distributed.barrier()
-    except (UserError, OSError) as error:
-        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        said = f"{type(error).__module__}.{type(error).__name__}: {error}"
+        advice = "; ".join(advice for pattern, advice in FIXES.items() if re.search(pattern, said))
+        if not isinstance(error, UserError | OSError) and not advice:
+            raise
+        said = " ".join(str(error).split()) or said
+        print(f"{script}: error: {said} {advice}".rstrip(), file=sys.stderr)
         code = 2
     except KeyboardInterrupt as stop:
         how = f"training by --resume {(*stop.args, 'FOLDER')[0]}, labeling by the same command"

@@ -403,7 +403,7 @@ def main(args: Args) -> dict[str, Any]:
     args = Args(**resolve(vars(args), preset))
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     data = load_data(args.dataset, args.data_dir, args.test_file, preset)
-    labeled = draw_labeled(data.train.y, args.num_labels, len(data.classes), args.seed)
+    labeled = draw_labeled(data.train.y, args.num_labels, K := len(data.classes), args.seed)
     test_part, measured = measured_part(data)
 
     name = f"kd_fixmatch-{data.name}-{args.num_labels}-seed{args.seed}"
@@ -416,7 +416,7 @@ def main(args: Args) -> dict[str, Any]:
     networks = []
     for key in ("weights", "inner weights"):  # only the trusted labels are passed on
         seed_step(args.seed, key, 0)
-        student = build_student(args.backbone, preset, len(data.classes), weights=args.weights)
+        student = build_student(args.backbone, preset, K, 0, args.weights, (train, test))
         networks.append(student.to(device))
         if args.compile:
             student.compile()
@@ -433,7 +433,7 @@ def main(args: Args) -> dict[str, Any]:
         trusted = json.loads((run.folder / "trusted.json").read_text())
         lines[f"inner (KD-FixMatch, {args.unsup_loss})"] = run.accuracy(3)
     facts = {"outer_acc": run.accuracy(1), "trusted": trusted}
-    return run.finish(1 if args.outer_only else 3, evaluated, preset, lines, **facts)
+    return run.finish(1 if args.outer_only else 3, evaluated, lines, **facts)
 
 
 if __name__ == "__main__":

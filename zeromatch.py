@@ -398,7 +398,7 @@ def main(args: Args) -> dict[str, Any]:
     train.y[labeled] = -1  # monitor pseudo-labels on hidden labels only
 
     seed_step(args.seed, "weights", 0)
-    student = build_student(args.backbone, preset, K, weights=args.weights).to(device)
+    student = build_student(args.backbone, preset, K, 0, args.weights, (train, test)).to(device)
     if args.compile:
         student.compile()
     if args.stages != "2" and run.state["stage"] < 2:
@@ -413,7 +413,7 @@ def main(args: Args) -> dict[str, Any]:
     stage, acc1 = 1 if args.stages == "1" else 2, run.accuracy(1)
     lines = {"teacher (zero-shot)": teacher_acc, "stage 1 (pseudo-supervision)": acc1}
     lines |= {"stage 2 (ZeroMatch)": run.accuracy(2)} if stage == 2 else {}
-    return run.finish(stage, evaluated, preset, lines, teacher_acc=teacher_acc, stage1_acc=acc1)
+    return run.finish(stage, evaluated, lines, teacher_acc=teacher_acc, stage1_acc=acc1)
 
 
 if __name__ == "__main__":

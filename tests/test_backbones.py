@@ -240,6 +240,49 @@ def test_any_image_model_of_transformers_is_a_backbone_and_read_back_without_it(
     assert torch.equal(again(x)[0], student(x)[0])
 
 
+def tried(folder, model, size=32):
+    """Build a student of a saved model and try it on two pictures."""
+    model.save_pretrained(folder)
+    pictures = np.random.RandomState(0).randint(0, 255, (2, 3, size, size), dtype=np.uint8)
+    preset = common.Preset(size=size)
+    views = common.Views(common.Split(pictures, np.zeros(2, int)), preset, torch.device("cpu"))
+    return common.build_student(str(folder), preset, 2, weights=None, parts=(views,))
+
+
+def test_a_model_that_draws_patches_in_evaluation_is_refused_before_training(tmp_path):
+    import transformers as t
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = t.ViTMAEConfig(**shape, intermediate_size=32, image_size=32, patch_size=4)
+    with pytest.raises(UserError, match="mae cannot be used .*its answers are random"):
+        tried(tmp_path / "mae", t.ViTMAEModel(config))
+    tried(tmp_path / "vit", image_model("vit"))  # a usual one is taken
+
+
+def test_a_pooling_head_of_the_model_itself_is_not_dropped_as_a_classifier(tmp_path):
+    import transformers as t
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"intermediate_size": 32}
+    vision, text = small | {"image_size": 32, "patch_size": 8}, small | {"vocab_size": 100}
+    torch.manual_seed(0)
+    model = t.SiglipModel(t.SiglipConfig(vision_config=vision, text_config=text))
+    student = tried(tmp_path / "siglip", model)
+    for name, weight in model.vision_model.state_dict().items():
+        assert torch.equal(student.encoder.model.state_dict()[name], weight), name
+
+
+def test_a_part_that_transformers_cannot_load_alone_is_refused(tmp_path):
+    import transformers as t
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"intermediate_size": 32}
+    vision, text = small | {"image_size": 32, "patch_size": 8}, small | {"vocab_size": 100}
+    config = t.BlipConfig(vision_config=vision, text_config=text)
+    with pytest.raises(UserError, match="blip cannot be .*could not load its vision model again"):
+        tried(tmp_path / "blip", t.BlipModel(config))
+
+
 def test_a_name_that_is_no_model_for_images_gives_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "text").mkdir()

@@ -64,7 +64,8 @@ def make_server(behave):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            right = self.path == "/v1/chat/completions"
+            right = self.path.partition("?")[0] == "/v1/chat/completions"
+            self.headers["Asked-For"] = self.path
             reply = behave(body, self.headers) if right else error(404, self.path)
             if isinstance(reply, (int, float)):
                 return time.sleep(reply)
@@ -166,9 +167,10 @@ WITHIN = json.dumps({"error": {"message": "busy", "code": 429}, "usage": {"promp
         (answer("World."), "answered", {"text": "World.", "usage": [100, 2], "hint": ""}),
         (answer([{"type": "thinking", "thinking": []}, PART]), "answered", {"text": "sports"}),
         (answer("x", None), "answered", {"usage": [0, 0]}),
-        (answer("x", (True, -1)), "answered", {"usage": [0, 0]}),
-        (answer("x", ("9", 1e400)), "answered", {"usage": [0, 0]}),
-        (answer("x", (9.0, float("nan"))), "answered", {"usage": [9, 0]}),
+        (answer("x", (9.0, -1)), "answered", {"usage": [9, 0]}),
+        (answer("x", (10**400, 1)), "answered", {"usage": [10**12, 1]}),
+        (answer("x", ("9 tokens", 1e400)), "answered", {"usage": [0, 0]}),
+        (answer("x", (9.0, float("nan"))), "answered", {"usage": [0, 0]}),
         ((200, {}, answer("x")[2].replace(b"{\"prompt_tokens\": 100", b"3, \"_\": {\"x\": 0")),
          "answered", {"usage": [0, 0]}),
         (answer("x", logprobs={"content": []}), "answered", {"logprobs": {"content": []}}),
@@ -270,6 +272,41 @@ def test_images_go_as_png_of_the_asked_size(serve, tmp_path):
 
     run(data, tmp_path, serve(behave), split="test", image_size=48)
     assert sizes == [("data:image/png;base64", "PNG", "RGB", (48, 48))] * 3
+
+
+def picture_data(tmp_path, *sizes):
+    """Pictures of these sizes, left half red, right half blue; beside them small gray squares."""
+    files = []
+    for i, size in enumerate(sizes):
+        picture = Image.new("RGB", size, (200, 0, 0))
+        picture.paste((0, 0, 200), (size[0] // 2, 0, *size))
+        files.append(str(tmp_path / f"{i}.png"))
+        picture.save(files[-1])
+    x = np.full((len(sizes), 3, 32, 32), 128, np.uint8)
+    part = common.Split(x, np.full(len(sizes), -1), np.array(files))
+    return common.Data("pictures", ["cat", "dog"], part, None)
+
+
+@pytest.mark.parametrize("longest", [512, 100])
+def test_pictures_go_as_their_files_have_them(serve, tmp_path, longest):
+    """Not the stored square; large ones are shrunk, small ones enlarged to 224."""
+    data, seen = picture_data(tmp_path, (1024, 256), (300, 400), (20, 10)), []
+
+    def behave(body, headers):
+        kind, content = body["messages"][0]["content"][1]["image_url"]["url"].split(",")
+        picture = Image.open(io.BytesIO(base64.b64decode(content)))
+        seen.append((kind, picture.format, picture.size))
+        for column, red in ((0.25, True), (0.75, False)):
+            at = int(column * picture.width), picture.height // 2
+            color = picture.getpixel(at)
+            assert (color[0] > 180 and color[2] < 20) == red and (color[2] > 180) != red
+        return answer("cat")
+
+    run(data, tmp_path, serve(behave), concurrency=1, image_size=longest)
+    sizes = {512: [(512, 128), (300, 400), (224, 112)], 100: [(100, 25), (75, 100), (100, 50)]}
+    assert seen == [("data:image/jpeg;base64", "JPEG", size) for size in sizes[longest]]
+    settings = read_rows(tmp_path / "labels.jsonl")[0]["settings"]
+    assert settings["image_size"] == longest
 
 
 def test_long_texts_are_cut_and_the_options_are_not(serve, tmp_path):
@@ -656,8 +693,7 @@ def test_tokens_of_unusable_replies_are_added_up(serve, tmp_path):
     result = run(text_data(3), tmp_path, serve(behave), concurrency=1)
     assert result["labeled"] == 3 and result["tokens"] == [2 * 17 + 2 * 7, 4 + 2]
     rows = read_rows(tmp_path / "labels.jsonl")[1]
-    assert rows[-1].keys() == {"usage"}
-    assert pseudolabel.summary(tmp_path, rows, text_data(3), Args())["labeled"] == 3
+    assert sum(row.keys() == {"usage"} for row in rows) == 3
 
 
 def test_max_cost_without_usage_in_the_replies_still_stops(serve, tmp_path):
@@ -708,6 +744,33 @@ def test_a_missing_or_unprintable_key_is_one_line_without_it(monkeypatch):
         pseudolabel.connect(Args(model="m", base_url="file:///etc"))
 
 
+@pytest.mark.parametrize("end", ["", "/", "/?api-version=2024-10-21"])
+def test_another_header_has_the_key_and_a_query_stays_last(serve, tmp_path, monkeypatch, end):
+    """As Azure wants it; the key is in no file, no error and no output."""
+    seen = []
+    monkeypatch.setenv("AZURE_KEY", KEY)
+
+    def behave(body, headers):
+        seen.append((headers["Asked-For"], headers["api-key"], headers["Authorization"]))
+        return answer(f"world {KEY}") if len(seen) < 3 else error(401, f"{KEY} is wrong")
+
+    url = serve(behave) + end
+    with pytest.raises(common.UserError, match="is wrong") as caught:
+        run(text_data(5), tmp_path, url, header="api-key=AZURE_KEY", concurrency=1)
+    assert KEY not in str(caught.value) and KEY not in (tmp_path / "labels.jsonl").read_text()
+    path = f"/v1/chat/completions{end.strip('/')}"
+    assert seen == [(path, KEY, None)] * 3
+    header = read_rows(tmp_path / "labels.jsonl")[0]
+    assert "AZURE" not in json.dumps(header) and "version" not in json.dumps(header)
+
+
+@pytest.mark.parametrize("header", ["api-key: sk-1", "api-key=sk-1", "api-key", f"api-key={KEY}"])
+def test_a_header_without_a_variable_is_one_line_without_the_key(serve, tmp_path, header):
+    with pytest.raises(common.UserError, match="environment variable of --header N") as caught:
+        run(text_data(1), tmp_path, serve(lambda body, headers: answer("world")), header=header)
+    assert "sk-" not in str(caught.value)
+
+
 # ---------------------------------------------------------------------------- killed and stopped
 
 
@@ -749,8 +812,9 @@ def whole_indices(path):
 
 def test_kills_lose_no_answer_and_pay_none_twice_beyond_what_was_in_flight(tmp_path, forked):
     data, path, log = common.load_data("digits", ""), tmp_path / "labels.jsonl", tmp_path / "log"
-    sent = [pseudolabel.content_of(x, "", Args(image_size=16)) for x in data.test.x]
-    index_of, at_once = {parts[1]["image_url"]["url"]: i for i, parts in enumerate(sent)}, 12
+    sent = [pseudolabel.body_of(data.test, i, "", {}, Args(image_size=16)) for i in range(500)]
+    sent = [body["messages"][0]["content"][1]["image_url"]["url"] for body in sent]
+    index_of, at_once = {url: i for i, url in enumerate(sent)}, 12
     assert len(index_of) == 500
     url = forked(misbehaving(log, index_of, data.test.y))
     args = Args(
@@ -830,7 +894,8 @@ def test_requests_run_in_parallel(forked):
         args = Args(teacher="chat", model="m", base_url=delayed, concurrency=concurrency)
         args.prompt, args.max_cost = "Topic of {text}? {options}", float("inf")
         start = time.perf_counter()
-        assert len(list(pseudolabel.label_with_chat(text_data(n), list(range(n)), args))) == n
+        given = text_data(n).train, CLASSES, list(range(n)), args
+        assert len(list(pseudolabel.label_with_chat(*given))) == n
         return n / (time.perf_counter() - start)
 
     one, many = rate(20, 1), max(rate(640, 64) for _ in range(2))

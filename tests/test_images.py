@@ -14,7 +14,6 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torchvision.datasets
@@ -124,7 +123,7 @@ def test_cifar_is_downloaded_and_read_from_its_archive(monkeypatch, web, root, n
         assert data.train.y.dtype == np.int64 and len(set(data.train.hashes())) == len(made)
 
 
-def test_fashion_mnist_comes_from_debians_folder_or_the_publisher(monkeypatch, web, tmp_path):
+def test_fashion_mnist_comes_from_the_publisher(monkeypatch, web, tmp_path):
     rng, made, resources = np.random.RandomState(0), {}, []
     for name in (file for file, _ in torchvision.datasets.FashionMNIST.resources):
         n = 30 if name.startswith("train") else 10
@@ -133,15 +132,12 @@ def test_fashion_mnist_comes_from_debians_folder_or_the_publisher(monkeypatch, w
         header = bytes([0, 0, 8, len(shape)]) + b"".join(side.to_bytes(4, "big") for side in shape)
         (web / name).write_bytes(gzip.compress(header + made[name].tobytes()))
         resources.append((name, md5(web / name)))
-    nowhere = "http://127.0.0.1:9/"
-    for debian, mirror in ((web, nowhere), (tmp_path / "none", url_of(""))):
-        monkeypatch.setattr(common, "DEBIAN_FASHION", debian)
-        serve(monkeypatch, "FashionMNIST", mirrors=[mirror], resources=resources)
-        data = load_data("fashion_mnist", str(tmp_path / debian.name / "data"))
-        for split, part in ((data.train, "train"), (data.test, "t10k")):
-            np.testing.assert_array_equal(split.x[:, 0], made[f"{part}-images-idx3-ubyte.gz"])
-            np.testing.assert_array_equal(split.y, made[f"{part}-labels-idx1-ubyte.gz"])
-        assert data.classes[0] == "T-shirt/top" and len(data.classes) == 10
+    serve(monkeypatch, "FashionMNIST", mirrors=[url_of("")], resources=resources)
+    data = load_data("fashion_mnist", str(tmp_path))
+    for split, part in ((data.train, "train"), (data.test, "t10k")):
+        np.testing.assert_array_equal(split.x[:, 0], made[f"{part}-images-idx3-ubyte.gz"])
+        np.testing.assert_array_equal(split.y, made[f"{part}-labels-idx1-ubyte.gz"])
+    assert data.classes[0] == "T-shirt/top" and len(data.classes) == 10
 
 
 def test_svhn_joins_train_and_extra_and_ten_means_zero(monkeypatch, web, root):
@@ -283,7 +279,7 @@ def test_resisc45_takes_its_test_part_from_the_list(monkeypatch, web, root):
             Path(local_dir).mkdir(parents=True, exist_ok=True)
             shutil.copy(web / pattern, local_dir)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(common, "snapshot_download", snapshot_download)
     data = load_data("resisc45", str(root))
     assert data.classes == ["airplane", "railway", "railway station"]
     assert data.train.y.tolist() == [0, 0, 1, 1, 2, 2] and data.test.y.tolist() == [0, 1, 2]
@@ -431,6 +427,51 @@ def test_copies_of_test_pictures_are_left_out_of_training_however_they_are_saved
     assert not set(data.test.hashes()) & set(data.train.hashes())
 
 
+@pytest.mark.parametrize("array, shown", [
+    (RAMP.astype(np.uint16) * 16, RAMP * (4080 / 4095)), (RAMP.astype(np.int32), RAMP),
+    (RAMP.astype(np.float32) / 256, RAMP * (255 / 256)), (RAMP.astype(np.float32), RAMP),
+    (RAMP.astype(np.int32) * 1_000_000, RAMP * (255 / 199)),
+    (RAMP.astype(np.float32) / 50 - 2, RAMP * (255 / 199)),
+])  # fmt: skip
+def test_more_than_eight_bits_are_scaled_by_their_range(tmp_path, array, shown):
+    Image.fromarray(array).save(tmp_path / "deep.tif")
+    read = np.asarray(common.read_picture(tmp_path / "deep.tif"))[:, :, 0]
+    assert np.abs(read - shown).max() <= 1
+
+
+def test_damaged_exif_data_leave_a_picture_unturned(tmp_path, monkeypatch):
+    file = save(RGB, tmp_path / "turned.png", exif=EXIF)
+
+    def broken(image):
+        raise ZeroDivisionError("a rational number with denominator 0")
+
+    monkeypatch.setattr(common.ImageOps, "exif_transpose", broken)
+    np.testing.assert_array_equal(np.asarray(common.read_picture(file)), RED)
+
+
+def test_a_table_of_picture_files_is_read_as_a_folder_is(pets, root, tmp_path):
+    files = sorted(pets.glob("train/*/*.png"))
+    lines = [f"{file.relative_to(tmp_path)},{file.parent.name}" for file in files]
+    (tmp_path / "table.csv").write_text("\n".join(["image,class", *lines]))
+    folder, table = (load_data(str(path), str(root)) for path in (pets, tmp_path / "table.csv"))
+    assert table.classes == folder.classes and table.train.hashes() == folder.train.hashes()
+    np.testing.assert_array_equal(table.train.x, folder.train.x)
+    assert preset_of(str(tmp_path / "table.csv")).mean  # no recipe for texts
+
+
+def test_an_empty_test_folder_is_named_and_a_fifth_is_held_out(tmp_path, root, capsys):
+    pets = make_folder(tmp_path / "pets", each=10)
+    (pets / "test" / "cat").mkdir(parents=True)
+    data = load_data(str(pets), str(root))
+    assert data.test.y.tolist() == [0, 0, 1, 1] and "test: no labeled" in capsys.readouterr().out
+
+
+def test_pictures_below_train_unlabeled_have_no_label(pets, root):
+    save(picture(1, 30, 30), pets / "train" / "unlabeled" / "x.png")
+    data = load_data(str(pets), str(root))
+    assert data.classes == ["cat", "dog"] and data.train.y.tolist() == [0] * 3 + [1] * 3 + [-1]
+
+
 def test_without_a_test_folder_a_fifth_is_held_out_or_nothing(tmp_path, root):
     pets = make_folder(tmp_path / "pets", each=11)
     shutil.copytree(pets / "train", pets / "unlabeled")  # everything is in the pool once more
@@ -468,16 +509,13 @@ def test_a_folder_of_another_structure_is_refused_with_what_is_wrong(tmp_path, p
         with pytest.raises(UserError, match=reason):
             load_data(str(folder), str(root))
 
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "train/<class>/")
-    refused(make_folder(tmp_path / "one", classes="cat"), "at least two")
     refused(tmp_path / "nowhere", "a folder with pictures")
     (pets / "train" / "horse").mkdir()
-    refused(pets, "unknown: .*horse")
+    refused(pets, "empty: .*horse")
     (pets / "train" / "horse").rmdir()
-    (pets / "test" / "cow").mkdir()
-    refused(pets, "unknown: .*cow")
-    (pets / "test" / "cow").rmdir()
+    save(picture(3, 30, 30), pets / "test" / "cow" / "0.png")
+    refused(pets, "has labels .*cow.*, expected only those of")
+    shutil.rmtree(pets / "test" / "cow")
     for file in (pets / "test").rglob("*.jpg"):
         file.write_bytes(b"no picture")
     refused(pets, "none of the 4 test pictures")

@@ -1,20 +1,24 @@
 """Label files, answers, imported labels, and local teachers on tiny models."""
 
+import csv
 import errno
 import json
 import os
 import pickle
 import random
+import re
 import resource
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from PIL import Image
 
 import common
 import pseudolabel
@@ -231,18 +235,26 @@ def test_answers_are_exact_labels_else_the_longest_whole_words_else_nothing(answ
     assert parse_answer(answer, classes) == (None if label is None else classes.index(label))
 
 
+def label_of_reply(answer, classes, logprobs=True):
+    """Label of a whole reply; with logprobs, the options were lettered."""
+    body = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
+    args = Args(logprobs=logprobs)
+    return pseudolabel.judge(0, (200, {}, body), classes, args, "")[1].get("label")
+
+
 @pytest.mark.parametrize(
     "answer, label",
     [
         ("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("B) sports", 1), ("Answer: B", 1),
-        ("The answer is B.", 1), ("2", None), ("B: because of A", None), ("A or B", 1), ("Z", None),
+        ("The answer is B.", 1), ("2", None), ("B: because of A", None), ("A or B", None),
+        ("Z", None),
         ("A cat", None), ("sports", 1), ("C) sports", 1), ("bb", None), ("AB", None), ("", None),
     ],
 )  # fmt: skip
 def test_lettered_options_are_understood_by_their_mark(answer, label):
-    assert parse_answer(answer, ["world", "sports", "business"], lettered=True) == label
+    assert label_of_reply(answer, ["world", "sports", "business"]) == label
     if answer not in ("B) sports", "C) sports", "sports"):
-        assert parse_answer(answer, ["world", "sports", "business"]) is None
+        assert label_of_reply(answer, ["world", "sports", "business"], logprobs=False) is None
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -255,7 +267,7 @@ def test_no_answer_breaks_the_parser(seed):
 
     classes = sorted({text(1, 6) for _ in range(rng.randint(1, 5))})
     answer = rng.choice([text(0, 30), text(0, 5) + rng.choice(classes) + text(0, 5)])
-    label = parse_answer(answer, classes, rng.random() < 0.5)
+    label = parse_answer(answer, classes)
     assert label is None or 0 <= label < len(classes)
 
 
@@ -318,7 +330,7 @@ def test_answers_are_read_with_care(answer, classes, label):
 
 @pytest.mark.parametrize("answer", ["Not B", "It is not B.", "I cannot say: B"])
 def test_a_letter_that_is_denied_is_no_answer(answer):
-    assert parse_answer(answer, ["world", "sports"], lettered=True) is None
+    assert label_of_reply(answer, ["world", "sports"]) is None
 
 
 # ---------------------------------------------------------------------------- import
@@ -386,7 +398,7 @@ def test_the_layout_of_the_authors_language_models(tmp_path):
     assert read_rows(tmp_path / "p.pt.jsonl")[1][0]["raw"] == "Pink primrose."
     content["decoded_labels"] = ["rose", "pink primrose", "marigold"]
     torch.save(content, tmp_path / "q.pt")
-    with pytest.raises(common.UserError, match="its true labels are not those of reviews"):
+    with pytest.raises(common.UserError, match="its true labels are not those of the data"):
         imported(data, tmp_path / "q.pt", tmp_path)
 
 
@@ -450,11 +462,11 @@ def test_csv_with_names_numbers_or_nothing(tmp_path, lines, labels):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("l.csv", "label\ndog\n", "1 labels, but pictures's train part has 4"),
-        ("l.csv", "label\ncat\ndog\nhen\ncat\n", "could not be read: expected names"),
+        ("l.csv", "label\ndog\n", "1 labels for 4 examples"),
+        ("l.csv", "label\ncat\ndog\nhen\ncat\n", "could not be read: label hen, expected names"),
         ("l.csv", "label\n0\n1\n2\n3\n", "label 3, expected -1 to 2"),
         ("l.csv", "name\ncat\n", "could not be read"),
-        ("l.csv", "", "0 labels, but"),
+        ("l.csv", "", "0 labels for 4"),
         ("l.csv", "index,label\n0,cat\n1,cat\n2,cat\n4,cat\n", "no row with index 3"),
         ("l.csv", "index,label\n0,cat\n0,cat\n1,cat\n2,cat\n", "could not be read"),
         ("l.txt", "cat", "could not be read"),
@@ -526,6 +538,27 @@ def test_clip_agrees_with_the_model_asked_image_by_image(tmp_path, kind, channel
             expected = model(**inputs).logits_per_image.softmax(dim=1)[0]
         assert row == pytest.approx(expected.numpy(), abs=1e-3)
     assert np.ptp(probs, axis=0).max() > 0.01  # images differ
+
+
+def test_clip_sees_the_pictures_in_their_files(tmp_path):
+    """Whatever the stored squares look like, and in the given order."""
+    folder, files = str(tiny_models.clip_model(tmp_path / "clip")), []
+    for i, size in enumerate([(50, 40), (64, 32), (33, 90)]):
+        noise = np.random.RandomState(i).randint(0, 256, (*size[::-1], 3)).astype(np.uint8)
+        files.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(noise).save(files[-1])
+
+    def probs_of(x, files):
+        y, args = np.full(len(x), -1), dict(teacher="clip", model=folder, batch_size=2)
+        part = common.Split(np.array(x), y, None if files is None else np.array(files))
+        return labeled(common.Data("p", ["cat", "dog"], part, None), tmp_path, **args)
+
+    squares = np.random.RandomState(9).randint(0, 256, (3, 3, 32, 32)).astype(np.uint8)
+    probs = probs_of(squares, files)
+    alone = [np.asarray(Image.open(file)).transpose(2, 0, 1)[None] for file in files]
+    expected = np.concatenate([probs_of(x, None) for x in alone])
+    assert probs == pytest.approx(expected, abs=1e-3)
+    assert np.abs(probs - probs_of(squares, None)).max() > 0.01
 
 
 def test_clip_averages_an_ensemble_of_templates_and_takes_descriptions(tmp_path):
@@ -688,7 +721,8 @@ def test_a_student_of_texts_labels_new_texts(tmp_path):
     bert, texts = str(tiny_models.encoder(tmp_path / "bert")), [text or "none" for text in TEXTS]
     lines = [json.dumps({"text": text, "label": ""}) + "\n" for text in texts]
     (tmp_path / "new.jsonl").write_text("".join(lines))
-    preset, folder = common.preset_of("new.jsonl")._replace(size=32), tmp_path / "student"
+    preset = common.preset_of(str(tmp_path / "new.jsonl"))._replace(size=32)
+    folder = tmp_path / "student"
     torch.manual_seed(0)
     student, data = common.build_student(bert, preset, 5).eval(), text_data(texts)
     common.save_student(folder, student, config_of(bert, preset, CLASSES))
@@ -724,21 +758,22 @@ def test_the_interval_is_wilsons_and_unknown_labels_are_left_out(tmp_path, capsy
         (dict(teacher="import"), "needs --input"),
         (dict(teacher="import", input="nowhere.npy"), "No such file .*nowhere.npy"),
         (dict(teacher="student", student="nowhere"), "No such file .*nowhere"),
-        (dict(teacher="text"), "does not label images"),
-        (dict(teacher="glyphs"), "digits only"),
+        (dict(teacher="text"), "--teacher text labels only texts"),
+        (dict(teacher="glyphs"), "--teacher glyphs labels only digits"),
         (dict(teacher="clip", prompt="nowhere"), "No such file .*nowhere"),
         (dict(teacher="chat", model="m", max_cost=1.0), "--max-cost needs"),
         (dict(teacher="chat", model="m", concurrency=0), "--concurrency 0"),
-        (dict(teacher="chat", model="m", logprobs=True), "--logprobs: 21 classes, at most 20"),
+        (dict(teacher="chat", model="m", logprobs=True), "--logprobs: more than 20 classes"),
         (dict(dry_run=0), "--dry-run 0"),
-        (dict(extra_body="[1]"), "--extra-body: expected a JSON object without model"),
-        (dict(extra_body="{"), "--extra-body: expected a JSON object"),
-        (dict(extra_body='{"stream": true}'), "--extra-body: expected a JSON object"),
+        (dict(teacher="chat", model="m", extra_body="[1]"), "expected a JSON object without model"),
+        (dict(teacher="chat", model="m", extra_body="{"), "--extra-body: expected a JSON object"),
+        (dict(teacher="chat", model="m", extra_body='{"stream": 1}'), "--extra-body: expected a J"),
         (dict(split="test"), "no test part"),
-        (dict(teacher="chat", model="m", dataset="my.csv", csv="./my.csv"), "my.csv is an input"),
-        (dict(teacher="chat", model="m", test_file="t.csv", csv="t.csv"), "t.csv is an input"),
-        (dict(teacher="chat", model="m", dataset="my.csv", output="my.csv"), "my.csv is an input"),
-        (dict(teacher="chat", model="m", output="l", csv="l"), "l is an input or the label file"),
+        (dict(teacher="chat", model="m", csv="my.csv"), "--csv goes with --teacher student"),
+        (dict(teacher="chat", model="m", dataset="my.csv", output="./my.csv"), "my.csv is an in"),
+        (dict(teacher="chat", model="m", test_file="t.csv", output="t.csv"), "t.csv is an input"),
+        (dict(teacher="chat", model="m", batch_file="d", dataset="./d"), "d is an input"),
+        (dict(teacher="chat", model="m", batch_file="r", input="r"), "r is an input"),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_clear_line(tmp_path, changes, message):
@@ -747,29 +782,164 @@ def test_arguments_that_do_not_fit_are_one_clear_line(tmp_path, changes, message
         pseudolabel.label(data, Args(**args))
 
 
-def test_classes_that_differ_only_in_case_are_refused_before_anything_is_paid(tmp_path):
-    data = text_data(classes=["Sports", "world", "sports "])
-    with pytest.raises(common.UserError, match="two classes differ only in case, Sports, world, s"):
-        pseudolabel.label(data, Args(teacher="chat", model="m", output=str(tmp_path / "o")))
-
-
 def test_output_that_cannot_be_printed_ends_no_job(tmp_path):
-    """A console in cp1252, as on Windows; a class in Chinese; a text that is no Unicode."""
-    rows = [{"text": f"t {i} \ud800", "label": SCRIPTS[i % 2]} for i in range(4)]
-    rows = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "my.jsonl").write_text(rows.replace(" \\ud800", ""))
+    """A console in cp1252, as on Windows; classes in Chinese."""
+    rows = [json.dumps({"text": f"t {i}", "label": SCRIPTS[i % 2]}) + "\n" for i in range(4)]
+    (tmp_path / "my.jsonl").write_text("".join(rows))
     np.save(tmp_path / "in.npy", [0, 1, 0, 1])
     command = [sys.executable, pseudolabel.__file__, "--dataset", "my.jsonl", "--teacher", "import"]
-    command += ["--input", "in.npy", "--csv", "out.csv"]
+    command += ["--input", "in.npy"]
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "\\u4f53\\u80b2" in done.stdout and SCRIPTS[0] in (tmp_path / "out.csv").read_text()
-    data = text_data(["a \ud800"], SCRIPTS)
-    data.train.keys = np.array(["00"])  # its text cannot be hashed
-    path = made_up(tmp_path / "l.jsonl", data)
-    pseudolabel.write_csv(tmp_path / "odd.csv", data, Args(), path)
-    assert "a \\ud800" in (tmp_path / "odd.csv").read_text()
+    assert "\\u4f53\\u80b2" in done.stdout
+
+
+def csv_of(path, rows, header=("text", "label")):
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    return str(path)
+
+
+def test_two_files_of_one_name_have_two_label_files(tmp_path):
+    """And training finds that of its own data; a published set and a folder keep the plain name."""
+    made, data_dir = {}, str(tmp_path / "data")
+    for folder in ("a", "b"):
+        rows = [(f"text {i} of {folder}", ["sea", "tea"][i % 2]) for i in range(6)]
+        path = csv_of(tmp_path / folder / "train.csv", rows)
+        np.save(tmp_path / "in.npy", [0, 1] * 3)
+        args = Args(path, teacher="import", input=str(tmp_path / "in.npy"), data_dir=data_dir)
+        for _ in range(2):  # the second run goes on with the same file
+            made.setdefault(folder, []).append(pseudolabel.main(args)["path"])
+        data = common.load_data(path, data_dir)
+        assert pseudolabel.default_labels(data, data_dir, path) == (made[folder][0], None)
+    names = [Path(path).name for path in made["a"] + made["b"]]
+    assert names[0] == names[1] != names[2] == names[3]
+    assert all(re.fullmatch(r"train-train-import-[0-9a-f]{8}\.jsonl", name) for name in names)
+    csv_of(tmp_path / "a" / "train.csv", [*rows, ("one more", "")])
+    with pytest.raises(common.UserError, match="made for num_examples 6, expected 7"):
+        pseudolabel.main(replace(args, dataset=str(tmp_path / "a" / "train.csv")))
+    (tmp_path / "pictures").mkdir()
+    args = replace(args, dataset=str(tmp_path / "pictures"), input=str(tmp_path / "in.npy"))
+    made = pseudolabel.label(image_data(6), args)["path"]
+    assert Path(made).name == "pictures-train-import.jsonl"
+
+
+# ---------------------------------------------------------------------------- predictions
+
+
+@pytest.fixture
+def text_student(tmp_path):
+    """(folder, probabilities of texts) of an untrained student of three classes."""
+    bert = str(tiny_models.encoder(tmp_path / "bert"))
+    preset = common.OWN["texts"]._replace(size=32)
+    torch.manual_seed(0)
+    student = common.build_student(bert, preset, 3).eval()
+    common.save_student(tmp_path / "s", student, config_of(bert, preset, ["sea", "tea", "label"]))
+
+    def probs_of(texts):
+        split = common.Split(np.array(texts, object), np.full(len(texts), -1))
+        return common.predict(student, common.make_views(split, preset, bert, torch.device("cpu")))
+
+    return str(tmp_path / "s"), lambda texts: probs_of(texts).numpy()
+
+
+def answers_of(dataset, student, tmp_path):
+    """(summary, header, rows) of the CSV with a student's answers."""
+    out = str(tmp_path / "answers.csv")
+    args = Args(str(dataset), teacher="student", student=student, csv=out, device="cpu")
+    args.data_dir = str(tmp_path / "data")
+    result = pseudolabel.main(args)
+    with open(out, newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    return result, header, rows
+
+
+def test_a_student_answers_every_row_in_order_beside_the_columns_of_the_user(
+    tmp_path, text_student
+):
+    """Empty texts, copies, and labels of the user's own; nothing is held out or remembered."""
+    student, probs_of = text_student
+    texts = ["a tea", "", "the sea", "  ", "a tea", *(f"number {i}" for i in range(40))]
+    rows = [(f"id{i}", text, "sea" if i % 2 else "", "x, y") for i, text in enumerate(texts)]
+    path = csv_of(tmp_path / "my.csv", rows, ("id", "text", "label", "note"))
+    result, header, found = answers_of(path, student, tmp_path)
+    own, ours = ["id", "text", "label", "note"], ["predicted label", "confidence", "sea", "tea"]
+    assert header == [*own, *ours, "predicted label"]  # a class is named label, too
+    assert [tuple(row[:4]) for row in found] == rows and result["labeled"] == 43
+    expected = probs_of([text.strip() or "none" for text in texts])
+    for text, row, probs in zip(texts, found, expected, strict=True):
+        if not text.strip():
+            assert row[4:] == [""] * 5
+            continue
+        assert [float(p) for p in row[6:]] == pytest.approx(probs.tolist(), abs=1e-4)
+        assert row[4] == ["sea", "tea", "label"][probs.argmax()]
+        assert float(row[5]) == pytest.approx(probs.max(), abs=1e-4)
+    assert not list(tmp_path.rglob("labels"))  # no label file
+    csv_of(tmp_path / "my.csv", [*rows, ("new", "more tea", "", "")], own)  # it grew
+    assert len(answers_of(path, student, tmp_path)[2]) == 46
+
+
+@pytest.mark.parametrize(
+    "content, answered",
+    [
+        ("text\na tea\nthe sea\n", [True, True]),
+        ("text,label\na tea,sea\nthe sea,sea\n", [True, True]),
+        ("text;n\na tea;1\n;2\n", [True, False]),
+        ('text\n""\n', [False]),
+        ("text\n", []),
+    ],
+)
+def test_new_texts_may_hold_one_class_or_none_or_nothing(tmp_path, text_student, content, answered):
+    (tmp_path / "new.csv").write_text(content)
+    result, header, rows = answers_of(tmp_path / "new.csv", text_student[0], tmp_path)
+    assert [row[-1] != "" for row in rows] == answered and result["labeled"] == sum(answered)
+
+
+def test_data_that_a_student_cannot_read_are_one_clear_line(tmp_path, text_student):
+    Image.new("RGB", (20, 20)).save(tmp_path / "s" / "a.png")
+    for dataset, message in (
+        (tmp_path / "nowhere.csv", "cannot read row 1: .*No such file"),
+        (tmp_path / "s", "s: for other classes or data"),  # pictures for a student of texts
+    ):
+        with pytest.raises(common.UserError, match=message):
+            answers_of(dataset, text_student[0], tmp_path)
+        assert not (tmp_path / "answers.csv").exists()
+
+
+def test_answers_do_not_replace_the_texts(tmp_path, text_student):
+    path = csv_of(tmp_path / "answers.csv", [("a tea", "")])
+    with pytest.raises(common.UserError, match="answers.csv is an input"):
+        answers_of(path, text_student[0], tmp_path)
+    assert Path(path).read_text().splitlines() == ["text,label", "a tea,"]
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_student_answers_all_pictures_of_a_folder_or_a_table(tmp_path, table):
+    """Also those in train/ and test/; one that is damaged has an empty answer."""
+    preset, folder = common.OWN["pictures"]._replace(size=16, pad=2), tmp_path / "my"
+    torch.manual_seed(0)
+    student = common.build_student("cnn", preset, 2).eval()
+    common.save_student(tmp_path / "s", student, config_of("cnn", preset, ["cat", "dog"]))
+    names = ["train/cat/1.png", "test/dog/2.png", "unlabeled/broken.png", "unlabeled/3.png"]
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.RandomState(i).randint(0, 256, (20, 24, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(folder / name)
+    (folder / "unlabeled/broken.png").write_bytes(b"no picture")
+    rows = [(name, i) for i, name in enumerate(names)]
+    dataset = csv_of(tmp_path / "my" / "list.csv", rows, ("file", "n")) if table else folder
+    result, header, rows = answers_of(dataset, str(tmp_path / "s"), tmp_path)
+    assert header[-4:] == ["label", "confidence", "cat", "dog"] and result["labeled"] == 3
+    found = {row[0].split("my/")[-1]: row[-4:] for row in rows}
+    assert sorted(found) == sorted(names) and found["unlabeled/broken.png"] == [""] * 4
+    files = [str(folder / name) for name in names if "broken" not in name]
+    part = common.Split(np.array(files, object), np.full(3, -1))
+    part = common.decode(part, str(tmp_path / "x"), preset, "test")
+    expected = common.predict(student, common.make_views(part, preset, "cnn", torch.device("cpu")))
+    for name, probs in zip([*names[:2], names[3]], expected, strict=True):
+        assert [float(p) for p in found[name][2:]] == pytest.approx(probs.tolist(), abs=1e-4)
 
 
 def test_the_one_complete_label_file_is_found(tmp_path):

@@ -66,6 +66,7 @@ class Views:
 
     def __init__(self, split, *_):
         self.x, self.y, self.batch = torch.from_numpy(split.x), torch.tensor(split.y), 50
+        self.extra = torch.zeros(len(self.y), 0)
 
     def __len__(self):
         return len(self.y)
@@ -107,8 +108,8 @@ class Run:
         line.format(**{name: float(torch.as_tensor(x).detach()) for name, x in values.items()})
         self.noted = values
 
-    def evaluate(self, stage, step, num_steps, student, test, extra=None):
-        assert len(test) == 5 and (extra is None or len(extra) == 5)
+    def evaluate(self, stage, step, num_steps, student, test):
+        assert len(test) == len(test.extra) == 5
         self.evaluated = student
 
     def save(self, stage, step, num_steps, parts, **state):
@@ -152,7 +153,7 @@ def made_up(statistics, monkeypatch, script, folder):
     y_zs[rng.rand(N + 5) < 0.15] = -1
     y_zs = {"train": y_zs[:N], "test": y_zs[N:]}
 
-    def student(backbone, preset, num_classes, num_extra=0, weights="none"):
+    def student(backbone, preset, num_classes, num_extra=0, weights="none", parts=()):
         return common.Student(Encoder(statistics), num_classes, num_extra)
 
     run = Run(folder)

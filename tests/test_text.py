@@ -84,7 +84,7 @@ def build(backbone, weights="none"):
 
 
 def test_csv_keeps_quotes_newlines_emoji_long_rows_and_no_empty_ones(tmp_path, capsys):
-    texts = ['he said "no", twice', "two\nlines", "tea \N{HOT BEVERAGE} ünï", "long " * 50_000]
+    texts = ["long " * 50_000, 'he said "no", twice', "two\nlines", "tea \N{HOT BEVERAGE} ünï"]
     rows = [(text, "ab"[k % 2]) for k, text in enumerate(texts)] + [("", "a"), ("  \n", "b")]
     data = load_data(write_csv(tmp_path / "my.csv", rows), "")
     assert data.train.is_text and data.train.x.tolist() == [text.strip() for text in texts]
@@ -106,6 +106,51 @@ def test_jsonl_reads_the_same_as_csv(tmp_path):
     assert a.train.hashes() == b.train.hashes() and len(set(a.train.hashes())) == 4
 
 
+@pytest.mark.parametrize("labels, classes, y", [
+    (["0", "1", "-1", "1.0", "", "nan"], ["0", "1"], [0, 1, -1, 1, -1, -1]),
+    (["10", "9", "2.5", "None", "NULL", "n/a"], ["2.5", "9", "10"], [2, 1, 0, -1, -1, -1]),
+    (["-1", "tea", "", "<NA>", "tea", "unlabeled"], ["-1", "tea"], [0, 1, -1, -1, 1, -1]),
+    (["cafe\u0301", "caf\u00e9 ", "b", "NaN", "b", "b"], ["b", "caf\u00e9"], [1, 1, 0, -1, 0, 0]),
+])  # fmt: skip
+def test_a_missing_label_is_no_class_in_any_spelling(tmp_path, labels, classes, y):
+    rows = [(f"text {i}", label) for i, label in enumerate(labels)]
+    data = load_data(write_csv(tmp_path / "my.csv", rows), "")
+    assert data.classes == classes and data.train.y.tolist() == y
+    lines = [{"text": text, "label": label} for text, label in rows]
+    if labels[0] == "0":  # as pandas and json write them
+        values = [0, 1, -1, 1.0, None, float("nan")]
+        lines = [line | {"label": value} for line, value in zip(lines, values, strict=True)]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    again = load_data(str(tmp_path / "my.jsonl"), "")
+    assert again.classes == classes and again.train.y.tolist() == y
+
+
+@pytest.mark.parametrize("label", [["a"], {"a": 1}, True])
+def test_what_is_no_label_is_refused_with_its_row(tmp_path, label):
+    lines = [{"text": "one", "label": "a"}, {"text": "two", "label": label}]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match="my.jsonl, row 2: .*is no label"):
+        load_data(str(tmp_path / "my.jsonl"), "")
+
+
+def test_classes_that_differ_only_in_case_are_refused_with_their_numbers(tmp_path):
+    rows = [("one", "Tea"), ("two", "tea"), ("three", "tea"), ("four", "sea")]
+    with pytest.raises(UserError, match=r"Tea \(1 times\), tea \(2 times\); use one spelling"):
+        load_data(write_csv(tmp_path / "my.csv", rows), "")
+
+
+@pytest.mark.parametrize("delimiter", ",;\t")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_csv_as_spreadsheets_write_it(tmp_path, delimiter, encoding):
+    lines = [("Category", "id", " Text"), ("tea", "7", 'caf\u00e9, "hot"; now')]
+    lines += [("sea", "8", "wave")]
+    with open(tmp_path / "my.csv", "w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=delimiter).writerows(lines)
+    data = load_data(str(tmp_path / "my.csv"), "")
+    assert data.train.x.tolist() == ['caf\u00e9, "hot"; now', "wave"]
+    assert [data.classes[k] for k in data.train.y] == ["tea", "sea"]
+
+
 def test_a_back_translation_that_is_missing_is_the_text_itself(tmp_path):
     rows = [("one", "a", "eins", ""), ("two", "b", "", "deux")]
     header = ("text", "label", "aug_0", "aug_1")
@@ -119,7 +164,7 @@ def test_a_back_translation_that_is_missing_is_the_text_itself(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, reason", [
-    ("my.csv", b"body,label\nx,a\n", "row 1: .*text and label"),
+    ("my.csv", b"body,label\nx,a\n", "expected a column text or image; found body, label"),
     ("my.csv", b"text,label\nx, y,a\n", "quote texts with commas"),
     ("my.csv", b'text,label\n"x"y,a\n', "row 1"),
     ("my.csv", b"text,label\nok,a\n\xff,a\n", ".*decode byte 0xff"),
@@ -130,7 +175,7 @@ def test_a_back_translation_that_is_missing_is_the_text_itself(tmp_path):
 def test_a_damaged_file_is_one_clear_line(tmp_path, name, content, reason):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}.* {reason}") as caught:
+    with pytest.raises(UserError, match=f".*{reason}") as caught:
         load_data(str(tmp_path / name), "")
     assert "\n" not in str(caught.value)
 
@@ -158,14 +203,24 @@ def test_copies_of_test_texts_are_left_out_of_training_with_a_number(tmp_path, c
     assert data.train.x.tolist() == ["one", "five"] and data.train.y.tolist() == [0, 1]
     assert data.test.x.tolist() == ["four", "two", "three", "Two"]
     assert data.test.y.tolist() == [0, 1, 1, 1]
-    assert "left out 3 rows" in capsys.readouterr().out
+    assert "left out 3 copies" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rows", [[("three", "a"), ("four", "")], [("three", "c")], []])
-def test_a_test_file_without_label_with_a_new_one_or_empty_is_refused(tmp_path, rows):
+@pytest.mark.parametrize("rows", [[], [("three", ""), ("four", "nan")]])
+def test_a_test_file_without_labels_is_named_and_a_fifth_is_held_out(tmp_path, rows, capsys):
+    texts = [(text, topic) for topic in ("tea", "sea") for text in sentences(topic, 10)]
+    train = write_csv(tmp_path / "my.csv", texts)
+    data = load_data(train, "", write_csv(tmp_path / "t.csv", rows))
+    assert "t.csv: no labeled examples" in capsys.readouterr().out
+    assert len(data.test) == 4 and data.test.x.tolist() == load_data(train, "").test.x.tolist()
+
+
+def test_a_test_file_with_a_new_class_is_refused(tmp_path):
     train = write_csv(tmp_path / "my.csv", [("one", "a"), ("two", "b")])
-    with pytest.raises(UserError, match="t.csv.*expected only those of the classes"):
-        load_data(train, "", write_csv(tmp_path / "t.csv", rows))
+    with pytest.raises(UserError, match="t.csv.* has labels .'c'.*, expected only those of"):
+        load_data(train, "", write_csv(tmp_path / "t.csv", [("three", "c")]))
+    part = load_data(train, "", write_csv(tmp_path / "t.csv", [("three", "b"), ("four", "")]))
+    assert part.test.x.tolist() == ["three"]  # only what is labeled can be tested on
     with pytest.raises(UserError, match="its own test part"):
         load_data("digits", "data", str(tmp_path / "t.csv"))
 
@@ -247,7 +302,7 @@ def test_usb_files_give_back_translations_and_lose_test_texts_of_the_pool(tmp_pa
     assert data.test.x.tolist() == [f"q {i}" for i in range(20, 30)]
     assert data.test.y.tolist() == list(range(10))
     (tmp_path / "yahoo_answers" / "test.json").write_text('{"0": {"ori": "x", "label": 10}}')
-    with pytest.raises(UserError, match="test.json"):
+    with pytest.raises(UserError, match="yahoo_answers could not be .*'10' is not in list"):
         load_data("yahoo_answers", str(tmp_path))
 
 
@@ -519,3 +574,49 @@ def test_changing_the_truth_of_unlabeled_texts_changes_no_weight(tmp_path, tiny,
     a, b, other = (weights_of(tmp_path / name) for name in ("a", "b", "labeled ones too"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], other[name]) for name in a)  # so the comparison can fail
+
+
+def text_student(folder, texts):
+    """Build a student for texts and try it on them."""
+    return build_tried(folder, views_of(folder, texts))
+
+
+def build_tried(folder, views):
+    return common.build_student(folder, OWN["texts"], 3, weights=None, parts=(views,))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match="bare.* has no usable tokenizer|could not load it"):
+        views_of(str(tmp_path / "bare"), sentences("tea", 10))
+
+
+def test_tokens_past_the_embedding_are_refused_before_training(tmp_path, tiny):
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny, tmp_path / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["teabag"])
+    tokenizer.save_pretrained(folder)
+    text_student(str(folder), sentences("tea", 5))  # as long as no text has it
+    with pytest.raises(UserError, match="grown cannot be used .*more tokens than its embedding"):
+        text_student(str(folder), [*sentences("tea", 5), "a teabag in a cup"])
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_rows_are_cut_to_the_positions_of_a_model_whose_tokenizer_knows_no_limit(tmp_path, kind):
+    import transformers as t
+
+    folder = make_bert(tmp_path / "m", **LAYERS)
+    if kind == "Roberta":  # its positions begin behind the padding token
+        config = t.RobertaConfig(**LAYERS, vocab_size=300, pad_token_id=1)
+        t.RobertaModel(config).save_pretrained(folder)
+    settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    (tmp_path / "m" / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"model_max_length": 10**30})
+    )
+    views = views_of(folder, [*sentences("tea", 4), "leaf pot " * 90])
+    build_tried(folder, views)
+    assert views.max_length == (58 if kind == "Roberta" else 59) and len(views.rows[-1]) <= 59

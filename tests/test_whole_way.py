@@ -88,7 +88,7 @@ def test_from_a_folder_of_pictures_to_labels_of_new_ones(tmp_path, pictures, cap
     answers, folder = str(tmp_path / "answers.csv"), str(new.parent)
     label(tmp_path, dataset=folder, teacher="student", student=student_of(tmp_path), csv=answers)
     rows = read_csv(answers)
-    assert list(rows[0]) == ["index", "file", "label", "beach", "forest"]
+    assert list(rows[0]) == ["file", "label", "confidence", "beach", "forest"]
     assert [row["label"] for row in rows] == ["beach", "forest", "forest"]
     assert rows[1]["file"].endswith("1.webp")
     shares = [float(row["beach"]) + float(row["forest"]) for row in rows]
@@ -132,7 +132,7 @@ def test_from_a_csv_of_texts_to_labels_of_new_ones(tmp_path, bert):
     new = write("new.csv", [[text] for text in fresh], ["text"])
     label(tmp_path, dataset=new, teacher="student", student=student_of(tmp_path), csv=answers)
     rows = read_csv(answers)
-    assert list(rows[0]) == ["index", "text", "label", "sea", "tea"]
+    assert list(rows[0]) == ["text", "label", "confidence", "sea", "tea"]
     assert [row["text"] for row in rows] == fresh
     assert sum(row["label"] == name for row, name in zip(rows, names, strict=True)) >= 6
 
