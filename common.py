@@ -885,10 +885,11 @@ class TextViews(Views):
     def __init__(self, split: Split, preset: Preset, backbone: str, device: torch.device) -> None:
         tokenizer = load_pretrained("AutoTokenizer", backbone, truncation_side="right")
         self.max_length = min(preset.size, tokenizer.model_max_length)
-        config = load_pretrained("AutoConfig", backbone).to_dict()
-        positions = (config.get("max_position_embeddings") or -1) - 1
+        config = load_pretrained("AutoConfig", backbone)
+        positions = (getattr(config, "max_position_embeddings", 0) or 0) - 1
         if 0 < positions < tokenizer.model_max_length - 1:  # RoBERTa's begin behind the padding id
-            self.max_length = min(preset.size, positions - (config.get("pad_token_id") or 0))
+            positions -= getattr(config, "pad_token_id", 0) or 0
+            self.max_length = min(preset.size, positions)
         columns = [split.x] if split.aug is None else [split.x, *split.aug.T]
         texts = np.concatenate(columns).tolist()
         rows = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]

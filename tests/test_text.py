@@ -605,7 +605,7 @@ def test_tokens_past_the_embedding_are_refused_before_training(tmp_path, tiny):
         text_student(str(folder), [*sentences("tea", 5), "a teabag in a cup"])
 
 
-@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "GPT2"])
 def test_rows_are_cut_to_the_positions_of_a_model_whose_tokenizer_knows_no_limit(tmp_path, kind):
     import transformers as t
 
@@ -613,6 +613,9 @@ def test_rows_are_cut_to_the_positions_of_a_model_whose_tokenizer_knows_no_limit
     if kind == "Roberta":  # its positions begin behind the padding token
         config = t.RobertaConfig(**LAYERS, vocab_size=300, pad_token_id=1)
         t.RobertaModel(config).save_pretrained(folder)
+    if kind == "GPT2":  # which calls them otherwise
+        shape = {"n_positions": 60, "n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0}
+        t.GPT2Model(t.GPT2Config(**shape, vocab_size=300)).save_pretrained(folder)
     settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
     (tmp_path / "m" / "tokenizer_config.json").write_text(
         json.dumps(settings | {"model_max_length": 10**30})
