@@ -197,8 +197,9 @@ def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
                 raise UserError(f"--{flag} {args[name]}: expected a number from {low} to {high}")
     if args["batch_size"] % PROCESSES:
         raise UserError(f"--batch-size: expected a multiple of {PROCESSES}, the processes")
-    for name, value in args.items():  # absolute paths: a run can be continued from another folder
-        if isinstance(value, str) and value not in [*PRESETS, *NAMES] and os.path.exists(value):
+    for name in filter(re.compile("data|test_f|pseudo|runs|back|weights").match, args):
+        value = args[name]  # absolute paths: a run can be continued from another folder
+        if value not in [None, *PRESETS, *NAMES] and ("dir" in name or os.path.exists(value)):
             args[name] = os.path.abspath(value)
     return args
 
@@ -289,8 +290,6 @@ def setup_device(device: str, amp: str, backbone: str) -> tuple[torch.device, to
     device = found if device == "auto" else device
     if device not in ("cpu", found):
         raise UserError(f"--device {device}: torch finds no such device; use --device cpu or auto")
-    if device == "cpu" and amp == "fp16":
-        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     if device == "cpu" and backbone == "cnn" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # with more, threads wait for each other at each step
     if device == "cuda":
@@ -485,9 +484,9 @@ def read_table(path: str | Path, part: str = "train") -> list[dict[str, Any]]:
     the header's most frequent of , ; tab), .jsonl, USB's .json, or part of a folder of pictures."""
     path, rows = Path(path).absolute(), []
     if path.is_dir():
-        folders = [(at, at.name) for at in sorted(path.glob(f"{part}/[!.]*/"))]
-        folders += [(path / "unlabeled", "")] if part == "train" else []
-        return [{"file": file, "label": name} for at, name in folders for file in files_below(at)]
+        folders = sorted(path.glob(f"{part}/[!.]*/")) + [path / "unlabeled"] * (part == "train")
+        found = [(file, at.name) for at in folders for file in files_below(at)]
+        return [{"file": file, "label": "" if k == "unlabeled" else k} for file, k in found]
     try:
         content = path.read_bytes()
         wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -531,7 +530,9 @@ def read_own(path: str, part: str) -> Split:
     names, "" if missing; so is -1 among numbers. aug: columns aug_0, aug_1."""
     rows = read_table(path, part)
     text, label = column_of(rows, TEXTS), column_of(rows, LABELS)
-    y = [label_in(row.get(label), f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+    y = [row.get(label) for row in rows]
+    if not Path(path).is_dir():  # its folders' names are classes as they are
+        y = [label_in(cell, f"{path}, row {i}") for i, cell in enumerate(y, 1)]
     cells = [[row.get(name) for name in (text, "aug_0", "aug_1")] for row in rows]
     table = [["" if cell is None else str(cell).strip() for cell in row] for row in cells]
     table = [[cell.encode("utf-8", "replace").decode() for cell in row] for row in table]
@@ -542,7 +543,7 @@ def read_own(path: str, part: str) -> Split:
         print(f"{path}: left out {empty} rows without text")
     y, table = y[table[:, 0] != ""], table[table[:, 0] != ""]
     x, aug, folder = table[:, 0], table[:, 1:], Path(path).absolute().parent
-    if len(x) and os.path.isfile(folder / x[0]):
+    if str(text).casefold() in ("image", "file"):
         x = np.array([str(folder / file) for file in x], object)
         return Split(x, y, files=x)
     aug = aug[:, (aug != "").any(axis=0)]
@@ -550,7 +551,7 @@ def read_own(path: str, part: str) -> Split:
 
 
 TEXTS, LABELS = "text ori sentence image file", "label category class target"  # usual columns
-MISSING = ("none", "null", "nan", "na", "n/a", "<na>", "unlabeled")
+MISSING = ("none", "null", "nan", "na", "n/a", "<na>")
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 
 
@@ -560,6 +561,8 @@ def load_own(dataset: str, test_file: str | None, data_dir: str, preset: Preset)
     train = read_own(dataset, "train")
     by_value = lambda name: (not (n := NUMBER.fullmatch(name)), n and float(name))  # noqa: E731
     classes, test = sorted(sorted({*train.y} - {""}), key=by_value), train.take([])
+    if len(classes) < 2:
+        raise UserError(f"{path}: found classes {classes}; expected 2 in train/<class>/ or a label")
     spellings = Counter(map(str.casefold, classes))
     if twins := [name for name in classes if spellings[name.casefold()] > 1]:
         twins = ", ".join(f"{name} ({(train.y == name).sum()} times)" for name in twins)
@@ -607,8 +610,8 @@ def decode(split: Split, store: str, preset: Preset, part: str, test_keys: Any =
     side = preset.size if preset.pad else round(preset.size / 0.875)  # ZM crop_ratio
     shape = (3, *[side if part == "train" else preset.size] * 2)
     names, copies = split.x.astype(str), {*test_keys}
-    stats = [(name, (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in names]
-    recipe = json.dumps([shape, stats, sorted(copies)])
+    times = [os.path.isfile(name) and os.stat(name).st_mtime_ns for name in names]
+    recipe = json.dumps([shape, *names, *times, *sorted(copies)])
     path, done = Path(f"{store}-{part}-{side}.raw"), None
     note = path.with_suffix(".json")
     if path.exists() and note.exists():
@@ -679,16 +682,14 @@ def share_right(right: int, total: int) -> str:
 
 
 def class_counts(y: ndarray, classes: list[str]) -> str:
-    """Labels per class, most frequent first; of many classes the first and last ten; not y = -1."""
+    """Labels (not y = -1) per class, most frequent first, of at most 20 classes."""
     counts = np.bincount(y[y >= 0], minlength=len(classes))
     rows = [f"{classes[k]} {counts[k]}" for k in np.argsort(-counts, kind="stable")]
-    return ", ".join(rows if len(rows) <= 20 else [*rows[:10], "...", *rows[-10:]])
+    return ", ".join(rows[:20] + ["..."] * (len(rows) > 20))
 
 
 def draw_labeled(y: ndarray, num_labels: int, K: int, seed: int) -> ndarray:
     """Positions [num_labels] of labeled examples, as many of every class, seeded; 0: of all."""
-    if K < 2:
-        raise UserError(f"found {K} classes; expected 2 or more, such as folders train/<class>/")
     if num_labels == 0:
         return np.flatnonzero(y >= 0)
     most = K * np.bincount(y[y >= 0], minlength=K).min()
@@ -888,16 +889,16 @@ class TextViews(Views):
         config = load_pretrained("AutoConfig", backbone)
         positions = (getattr(config, "max_position_embeddings", 0) or 0) - 1
         if 0 < positions < tokenizer.model_max_length - 1:  # RoBERTa's begin behind the padding id
-            positions -= getattr(config, "pad_token_id", 0) or 0
+            positions -= min(getattr(config, "pad_token_id", 0) or 0, 1)
             self.max_length = min(preset.size, positions)
         columns = [split.x] if split.aug is None else [split.x, *split.aug.T]
         texts = np.concatenate(columns).tolist()
         rows = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        kinds = Counter(frozenset(row) for row in dict(zip(texts, rows)).values())
-        if kinds.most_common(1)[0][1] > max(3, 0.9 * kinds.total()):
+        kinds = Counter(hash(frozenset(row)) for row in dict(zip(texts, rows)).values())
+        if kinds.most_common(1)[0][1] > max(50, 0.9 * kinds.total()):
             raise UserError(f"{backbone} has no usable tokenizer: nearly all texts look the same")
         self.rows = [torch.tensor(row or [0]) for row in rows]
-        self.largest_id = max(map(max, self.rows)).item()
+        self.largest_id = max(map(torch.max, self.rows)).item()
         lengths = torch.tensor([len(row) for row in self.rows[: len(split)]])
         self.order = lengths.argsort(stable=True)  # for evaluation, with little padding
         self.num_aug = len(columns) - 1
@@ -1200,8 +1201,8 @@ STOP = {"signal": 0, "waits": False}  # the last signal; whether training will s
 
 
 def note_signal(number: int, frame: Any) -> None:
-    """A first signal during training waits for the next `Run.save`; others stop at once."""
-    at_once, STOP["signal"] = STOP["signal"] or not STOP["waits"], number
+    """In training, a signal waits for the next `Run.save`; the same once more stops at once."""
+    at_once, STOP["signal"] = STOP["signal"] == number or not STOP["waits"], number
     if at_once:
         raise KeyboardInterrupt
 
@@ -1233,8 +1234,7 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.folder))
-        self.start = self.saved = self.stage_start = time.perf_counter()
-        self.steps, self.pending = 0, {}
+        self.start = self.saved = time.perf_counter()
         # Losses stay outside of autocast: bfloat16's 0.949 passes 0.95. Only float16 is scaled.
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
         scaled = dtype == torch.float16
@@ -1252,15 +1252,14 @@ class Run:
             right = share_right(int((y_zs[labeled] == y_lb).sum()), len(labeled))
             print(f"teacher's labels: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
             print(f"teacher right on labeled examples: {right}", flush=True)
-        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
         given = *data.train.hashes(), y_lb.tobytes(), str(y_zs is None or y_zs.tolist()).encode()
         now = {  # what it takes to repeat the run
             "command": sys.argv, "python": sys.version, "torch": torch.__version__,
-            "device": f"{self.device} {gpu}", "threads": torch.get_num_threads(),
+            "device": str(self.device), "threads": torch.get_num_threads(),
             "data": content_hash(b"".join(given)).hex(),
         }  # fmt: skip
         env = self.folder / "env.json"
-        first = json.loads(env.read_text()) if env.exists() else now | {"resumed": []}
+        first = now | {"resumed": []} | (json.loads(env.read_text()) if env.exists() else {})
         if first["data"] != now["data"]:
             raise UserError(f"{self.folder}: the examples or labels have changed; start a new run")
         if self.args["resume"]:
@@ -1470,7 +1469,7 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
                 saved = json.loads(Path(folder, "args.json").read_bytes()) | {"resume": folder}
                 saved = args_type(**saved)
             args = tyro.cli(args_type, default=saved)
-            for name in vars(saved).keys() - {"data_dir", "runs_dir", "device"}:
+            for name in vars(saved).keys() - {"data_dir", "runs_dir", "device", "amp"}:
                 now, was = getattr(args, name), getattr(saved, name)
                 if now != was and os.path.abspath(str(now)) != was:
                     flag = f"--{name.replace('_', '-')} {now}"

