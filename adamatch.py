@@ -38,6 +38,7 @@ batch statistics make the two differ, so networks without them (ViT, BERT) skip 
     python adamatch.py --variant paper
     python adamatch.py --supervised-only            baseline: labeled data alone
     python adamatch.py --feature-input              baseline: the teacher's label as head input
+    python adamatch.py --probe --backbone ...       baseline: logistic regression on its features
     python adamatch.py --dataset cifar100 --num-labels 100    on a GPU
 
     recipe       digits (default)                 cifar100 (ViT-S/2, pre-trained)
@@ -63,17 +64,18 @@ Departures from the original code (those in the data path are numbered in common
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common import (
-    Run, UserError, Views, average_of, batch_at, build_student, cli, data_parallel, draw_labeled,
+    LABELS, TEXTS, Run, UserError, Views, batch_at, build_student, cli, data_parallel, draw_labeled,
     join, load_data, make_views, mean_over_processes, measured_part, optimizer_of, preset_of,
-    pseudo_label_accuracy, resolve, seed_step, setup_device, uniform,
+    predict, pseudo_label_accuracy, resolve, seed_step, setup_device, uniform, write_atomically,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------- arguments
@@ -81,76 +83,48 @@ from common import (
 
 @dataclass
 class Args:
-    # run
-    dataset: str = "digits"
-    """A name in common.PRESETS, a folder of pictures, a .csv or .jsonl file of texts (README)."""
-    test_file: str | None = None
-    """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
-    num_labels: int | None = None
-    """Labeled examples, the same number per class; 0: all. Unset: the preset's; own data: all."""
-    size: int | None = None
-    """Own pictures: the side in pixels the network sees. Own texts: maximum tokens per row."""
-    seed: int = 0
-    """Decides the labeled examples, the initial weights, the batches and every random view."""
-    pseudolabels: str | None = None
-    """Teacher's labels of the training part, for --feature-input; unset: found or made."""
-    pseudolabels_test: str | None = None
-    """Teacher's labels of the test part, for --feature-input."""
-    data_dir: str = "data"
-    """Where data sets and label files are kept."""
-    runs_dir: str = "runs"
-    """Where a folder for this run is made."""
-    resume: str | None = None
-    """Folder of a run to continue, with its arguments."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: the accelerator, if there is one."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of forward passes; losses are float32. auto: bf16 on GPUs that support it."""
-    compile: bool = False
-    """torch.compile the student: a slow first step, then faster, mostly on GPUs."""
-    log_every: int = 20
-    """Steps from one printed line to the next."""
-    tensorboard: bool = False
-    """Also write the metrics for TensorBoard into the run folder; needs the package tensorboard."""
-    eval_every: int | None = None
-    """Steps from one evaluation and checkpoint to the next. Unset here and below: the preset's."""
+    dataset: str = "digits"  # a name in common.PRESETS, a folder of pictures, a .csv or .jsonl file
+    test_file: str | None = None  # test part of a file; unset: a fifth of its labeled rows
+    text_column: str = TEXTS  # of a table: the first of these that it has
+    label_column: str = LABELS  # the same
+    num_labels: int | None = None  # equally many per class; 0: all; unset: the preset's
+    size: int | None = None  # own pictures: side in pixels; own texts: most tokens per row
+    seed: int = 0  # decides labeled examples, initial weights, batches and random views
+    pseudolabels: str | None = None  # --feature-input: teacher's labels; unset: found or made
+    pseudolabels_test: str | None = None  # --feature-input: those of the test part
+    data_dir: str = "data"  # where data sets and label files are kept
+    runs_dir: str = "runs"  # where a folder for this run is made
+    resume: str | None = None  # folder of a run to continue, with its arguments
+    device: str = "auto"  # cpu, cuda, mps ...; auto: the accelerator, if any
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 on GPUs that have it
+    compile: bool = False  # torch.compile the student: a slow first step, then faster on GPUs
+    log_every: int = 20  # steps from one printed line to the next
+    tensorboard: bool = False  # also log to TensorBoard in the run folder; needs the package
+    eval_every: int | None = None  # steps from one evaluation and checkpoint to the next
     # model
-    backbone: str | None = None
-    """cnn, wrn_28_2, efficientnet_b0, vit_small_patch2_32, vit_small_patch16_224, or a hub id."""
-    weights: str | None = None
-    """Pre-trained weights of the encoder: a file, a folder, or none; unset: the published ones."""
-    # optimization
-    num_steps: int | None = None
-    """Updates of the network. Set alone, it also scales the warm-up and --eval-every."""
-    batch_size: int | None = None
-    """B: labeled examples a step."""
-    uratio: int | None = None
-    """Unlabeled examples per labeled one: B_u = uratio * B."""
-    optimizer: Literal["adamw", "sgd"] | None = None
-    """sgd has Nesterov momentum 0.9."""
-    lr: float | None = None
-    """Peak learning rate; with --layer-decay below 1, of the heads."""
-    weight_decay: float | None = None
-    """Weight decay of matrices and kernels; biases and norms have none."""
-    layer_decay: float | None = None
-    """Learning-rate factor in (0, 1] from one layer to the one below it."""
-    warmup_steps: int | None = None
-    """Steps of linear learning-rate warm-up."""
-    ema_decay: float | None = None
-    """Decay in [0, 1) of the averaged weights, which are evaluated; 0: no averaging."""
+    backbone: str | None = None  # a name in common.NAMES, or a model of transformers (id, folder)
+    weights: str | None = None  # of the encoder: file, folder or none; unset: the published ones
+    # optimization; unset values are the preset's (common.PRESETS)
+    num_steps: int | None = None  # updates; alone, it scales warm-up and --eval-every
+    batch_size: int | None = None  # B: labeled examples a step
+    uratio: int | None = None  # B_u = uratio * B unlabeled examples a step
+    optimizer: Literal["adamw", "sgd"] | None = None  # sgd has Nesterov momentum 0.9
+    lr: float | None = None  # peak; with --layer-decay below 1, of the heads
+    weight_decay: float | None = None  # of matrices and kernels; biases and norms have none
+    layer_decay: float | None = None  # learning-rate factor from one layer to the one below it
+    warmup_steps: int | None = None  # linear learning-rate warm-up
+    ema_decay: float | None = None  # of the averaged weights, which are evaluated; 0: no averaging
     # method
-    variant: Literal["usb", "paper"] = "usb"
-    """usb: as in USB and in stage 2 of ZeroMatch. paper: as in the code of AdaMatch's authors."""
-    supervised_only: bool = False
-    """Baseline: labeled weak views alone; unlabeled data is not touched."""
+    variant: Literal["usb", "paper"] = "usb"  # paper: as in the code of AdaMatch's authors
+    supervised_only: bool = False  # baseline: labeled weak views alone
+    probe: bool = False
+    """Baseline in seconds: logistic regression on the encoder's features, which are not trained.
+    For pre-trained backbones; with --pseudolabels, the teacher's accuracy stands beside it."""
     feature_input: bool = False
     """Baseline: the head also sees the teacher's one-hot label, in training and at test time."""
-    tau: float | None = None
-    """Relative threshold in [0, 1]: multiplies the mean labeled confidence; unset: by variant."""
-    lambda_u: float = 1.0
-    """Weight of loss_u."""
-    marginal_decay: float | None = None
-    """Decay of the running class marginals p_lb and p_ulb."""
+    tau: float | None = None  # relative threshold: times the mean confidence on labeled; see above
+    lambda_u: float = 1.0  # weight of loss_u
+    marginal_decay: float | None = None  # of the running class marginals p_lb and p_ulb
 
 
 # ---------------------------------------------------------------------------- the method
@@ -229,6 +203,18 @@ def loss_consistency(logits_ulb_s: Tensor, pseudo_label: Tensor, mask: Tensor) -
 
     [B_u, K], [B_u] int64, [B_u] -> scalar."""
     return (F.cross_entropy(logits_ulb_s, pseudo_label, reduction="none") * mask).mean()
+
+
+def average_of(student: nn.Module, decay: float) -> AveragedModel:
+    """`.module`: weights <- d * weights + (1 - d) * student's, batch statistics included; after t
+    updates d = min(decay, (1 + t) / (10 + t)); at t = 0 it copies.  # C8"""
+
+    def update(*tensors: Any) -> None:  # averaged, current, t on their device
+        t = average.n_averaged.item()  # on the CPU: no GPU waits
+        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(*tensors)
+
+    average = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
+    return average
 
 
 # ---------------------------------------------------------------------------- training
@@ -343,27 +329,45 @@ LINE = (
     " | mask {mask_rate:.2f} c_tau {c_tau:.2f} pl_acc {pl_acc_masked:.1f}"
 )
 
+def probe(student: nn.Module, labeled: Views, test: Views, run: Run) -> float:
+    """Percent of `test` that a logistic regression gets right, fitted to the labeled examples'
+    features (each scaled to mean 0 and variance 1 on them)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    (_, x), (_, x_test) = (predict(student, views, run.autocast) for views in (labeled, test))
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return 100 * model.fit(x, labeled.y.cpu()).score(x_test, test.y.cpu())
+
+
 # ---------------------------------------------------------------------------- main
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
-    preset = preset_of(args.dataset, args.backbone, args.size)
+    columns = args.text_column, args.label_column
+    preset = preset_of(args.dataset, args.backbone, args.size, columns)
     own = {"tau": 0.9, "marginal_decay": 0.999} if args.variant == "paper" else {"tau": 0.95}
     unset = {name: value for name, value in own.items() if getattr(args, name) is None}
     args = Args(**resolve(vars(args) | unset, preset))
     if args.variant not in ("usb", "paper"):
         raise UserError(f"--variant {args.variant}: from an older version; start a new run")
-    if (args.pseudolabels or args.pseudolabels_test) and not args.feature_input:
-        raise UserError("--pseudolabels goes with --feature-input only: AdaMatch has no teacher")
+    if (args.pseudolabels or args.pseudolabels_test) and not (args.feature_input or args.probe):
+        raise UserError("--pseudolabels: for --feature-input, --probe; AdaMatch has no teacher")
+    if args.supervised_only + args.feature_input + args.probe > 1:
+        raise UserError("--supervised-only, --feature-input, --probe: take one")
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     data = load_data(args.dataset, args.data_dir, args.test_file, preset)
     K = len(data.classes)
     labeled = draw_labeled(data.train.y, args.num_labels, K, args.seed)
     zero_shot: list[Any] = []
+    teacher = None
+    if args.feature_input or args.pseudolabels:
+        from pseudolabel import default_labels, read_labels  # only these baselines read labels
+    if args.probe and args.pseudolabels:
+        teacher, _ = read_labels(args.pseudolabels, data, "train")
     if args.feature_input:
-        from pseudolabel import default_labels, read_labels  # this baseline alone reads labels
-
         paths = args.pseudolabels, args.pseudolabels_test
         if paths == (None, None):
             paths = default_labels(data, args.data_dir, args.dataset, args.test_file)
@@ -374,8 +378,8 @@ def main(args: Args) -> dict[str, Any]:
     test_part, measured = measured_part(data)
 
     name = f"adamatch-{data.name}-{args.num_labels}-seed{args.seed}"
-    run = Run(name, asdict(args), device, dtype)
-    run.describe(data, labeled, measured)
+    run = Run(name, vars(args), device, dtype)
+    run.describe(data, labeled, measured, teacher)
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
     train.y[labeled] = -1  # monitor pseudo-labels on hidden labels only
@@ -387,11 +391,17 @@ def main(args: Args) -> dict[str, Any]:
     num_extra = K if args.feature_input else 0
     parts = train, test
     student = build_student(args.backbone, preset, K, num_extra, args.weights, parts).to(device)
+    if args.probe:
+        known = make_views(data.train.take(labeled), preset, args.backbone, device)
+        result = {measured: probe(student, known, test, run), "measured": measured}
+        print(f"\n{measured} of the probe: {result[measured]:.2f} %")
+        write_atomically(run.folder / "result.json", result | {"args": vars(args)})
+        return result
     if args.compile:
         student.compile()
     evaluated = train_adamatch(student, idx, y_lb_all, train, test, args, run)
     lines = {"supervised only" if args.supervised_only else "AdaMatch": run.accuracy(1)}
-    return run.finish(1, evaluated, lines)
+    return run.finish(evaluated, test, lines)
 
 
 if __name__ == "__main__":

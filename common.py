@@ -55,7 +55,6 @@ from numpy.random import RandomState
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 from torchvision.models import VisionTransformer, efficientnet_b0
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -70,6 +69,9 @@ csv.field_size_limit(2**31 - 1)  # texts may be long
 
 class UserError(ValueError):
     """`cli` prints it as one line and exits with code 2."""
+
+
+TEXTS, LABELS = "text,ori,sentence,image,file", "label,category,class,target"  # usual columns
 
 
 class Preset(NamedTuple):
@@ -94,6 +96,7 @@ class Preset(NamedTuple):
     marginal_decay: float = 0.999  # of the class marginals p_lb and p_ulb
     eval_every: int = 2_048
     num_labels: int = 0  # 0: all with a known label
+    columns: tuple = (TEXTS, LABELS)  # of own tables
 
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -139,7 +142,7 @@ PRESETS = {
 }  # fmt: skip
 SHORT = {  # own texts, photos
     "num_steps_stage1": 1000, "num_steps": 2000, "warmup_steps": 100, "marginal_decay": 0.99,
-    "eval_every": 100, "num_labels": 0,
+    "eval_every": 100,
 }  # fmt: skip
 OWN = {
     "texts": AG_NEWS._replace(batch_size=8, uratio=2, **SHORT),
@@ -148,7 +151,7 @@ OWN = {
 }
 
 
-def preset_of(dataset: str, backbone: str | None = None, size: int | None = None) -> Preset:
+def preset_of(dataset: str, backbone=None, size=None, columns: tuple = (TEXTS, LABELS)) -> Preset:
     """A data set's recipe, that of cnn or wrn_28_2 where one replaces a ViT; own data at `size`."""
     if dataset in PRESETS:
         preset = PRESETS[dataset]
@@ -161,22 +164,27 @@ def preset_of(dataset: str, backbone: str | None = None, size: int | None = None
     if not table and not Path(dataset).is_dir():
         own = "or a folder with pictures in train/<class>/, or a .csv or .jsonl file"
         raise UserError(f"--dataset {dataset}: expected {', '.join(PRESETS)}, {own}")
-    if table and read_own(dataset, "train").files is None:
+    if table and read_own(dataset, "train", columns).files is None:
         preset = OWN["texts"]
     elif backbone in (None, "cnn", "wrn_28_2"):
         preset = OWN["pictures"]
     else:
         side = 32 if backbone == "vit_small_patch2_32" else 224
-        if not size and backbone not in [*NAMES, "a teacher"]:  # the side it was trained with
+        preset = OWN["photos"]._replace(ema_decay=0.999 if backbone == "efficientnet_b0" else 0.0)
+        if backbone not in [*NAMES, "a teacher"]:  # what it was trained with
             config = load_pretrained("AutoConfig", backbone)
             side = getattr(getattr(config, "vision_config", config), "image_size", 224)
-        preset = OWN["photos"]._replace(size=int(np.max(side)))
-        preset = preset._replace(ema_decay=0.999 if backbone == "efficientnet_b0" else 0.0)
+            with suppress(Exception):  # it may have no image processor
+                reader = load_pretrained("AutoImageProcessor", backbone)
+                side = [*dict(reader.crop_size or reader.size).values()]
+                preset = preset._replace(mean=tuple(reader.image_mean), std=tuple(reader.image_std))
+        preset = preset._replace(size=int(np.max(side)))
     size = size or preset.size
-    return preset._replace(size=size, pad=size // 8 if preset.mean and size < 128 else 0)
+    pad = size // 8 if preset.mean and size < 128 else 0
+    return preset._replace(size=size, pad=pad, columns=columns)
 
 
-def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
+def resolve(given: dict, preset: Preset) -> dict:
     """Arguments with the preset's value for every None (--num-steps scales others), checked."""
     row, factor = preset._asdict(), (given["num_steps"] or preset.num_steps) / preset.num_steps
     for name, least in (("num_steps_stage1", 1), ("warmup_steps", 0), ("eval_every", 10)):
@@ -197,10 +205,6 @@ def resolve(given: dict[str, Any], preset: Preset) -> dict[str, Any]:
                 raise UserError(f"--{flag} {args[name]}: expected a number from {low} to {high}")
     if args["batch_size"] % PROCESSES:
         raise UserError(f"--batch-size: expected a multiple of {PROCESSES}, the processes")
-    for name in filter(re.compile("data|test_f|pseudo|runs|back|weights").match, args):
-        value = args[name]  # absolute paths: a run can be continued from another folder
-        if value not in [None, *PRESETS, *NAMES] and ("dir" in name or os.path.exists(value)):
-            args[name] = os.path.abspath(value)
     return args
 
 
@@ -213,13 +217,14 @@ RANK, PROCESSES = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None, "auto": None}
 
 
-def content_hash(content: bytes, size: int = 12) -> bytes:
-    return hashlib.blake2b(content, digest_size=size).digest()
+def content_hash(content: bytes, size: int = 12) -> str:
+    return hashlib.blake2b(content, digest_size=size).hexdigest()
 
 
 def seed_of(*key: Any) -> int:
     """63 bits for each key."""
-    return int.from_bytes(content_hash("/".join(map(str, key)).encode(), 8), "little") >> 1
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def seed_step(seed: int, stage: str, step: int) -> None:
@@ -321,10 +326,10 @@ class Split:
     def is_text(self) -> bool:
         return self.x.ndim == 1
 
-    def hashes(self) -> list[bytes]:
+    def hashes(self) -> list[str]:
         """One content hash per example; equal images or texts have equal hashes."""
         if self.keys is not None:
-            return [bytes.fromhex(key) for key in self.keys]
+            return self.keys.tolist()
         return [content_hash(x.encode() if self.is_text else x.tobytes()) for x in self.x]
 
     def take(self, idx: ndarray) -> Split:
@@ -479,7 +484,7 @@ def among(items: Any, pool: Any) -> ndarray:
     return np.array([*map(set(pool).__contains__, items)], bool)
 
 
-def read_table(path: str | Path, part: str = "train") -> list[dict[str, Any]]:
+def read_table(path: str | Path, part: str = "train") -> list[dict]:
     """The rows {column: cell} of a .csv or .tsv file (UTF-8, or UTF-16 with its mark; delimiter:
     the header's most frequent of , ; tab), .jsonl, USB's .json, or part of a folder of pictures."""
     path, rows = Path(path).absolute(), []
@@ -508,12 +513,14 @@ def read_table(path: str | Path, part: str = "train") -> list[dict[str, Any]]:
     return rows
 
 
-def column_of(rows: list[dict], usual: str) -> Any:
-    """The first column with one of the `usual` names, in any case; None if there is none."""
+def column_of(rows: list[dict], names: str) -> Any:
+    """The column with the first of the `names` that exists, in any case."""
     known = {str(name).strip().casefold(): name for row in rows for name in row}
-    if rows and usual == TEXTS and not known.keys() & usual.split():
-        raise UserError(f"expected a column text or image; found {', '.join(known)}")
-    return next((known[name] for name in usual.split() if name in known), None)
+    names = names.casefold().split(",")
+    if rows and not known.keys() & set(names):
+        found = f"found columns {', '.join(known)}; expected {' or '.join(names)}"
+        raise UserError(f"{found}; set --text-column, --label-column")
+    return next((known[name] for name in names if name in known), None)
 
 
 def label_in(cell: Any, where: str) -> str:
@@ -525,11 +532,11 @@ def label_in(cell: Any, where: str) -> str:
     return "" if name.casefold() in MISSING else name
 
 
-def read_own(path: str, part: str) -> Split:
+def read_own(path: str, part: str, columns: tuple = (TEXTS, LABELS)) -> Split:
     """Own texts or picture files (relative to their table), less rows without text. y: class
     names, "" if missing; so is -1 among numbers. aug: columns aug_0, aug_1."""
     rows = read_table(path, part)
-    text, label = column_of(rows, TEXTS), column_of(rows, LABELS)
+    text, label = (column_of(rows, names) for names in columns)
     y = [row.get(label) for row in rows]
     if not Path(path).is_dir():  # its folders' names are classes as they are
         y = [label_in(cell, f"{path}, row {i}") for i, cell in enumerate(y, 1)]
@@ -550,7 +557,6 @@ def read_own(path: str, part: str) -> Split:
     return Split(x, y, aug=np.where(aug == "", x[:, None], aug) if aug.size else None)
 
 
-TEXTS, LABELS = "text ori sentence image file", "label category class target"  # usual columns
 MISSING = ("none", "null", "nan", "na", "n/a", "<na>")
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 
@@ -558,7 +564,7 @@ NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 def load_own(dataset: str, test_file: str | None, data_dir: str, preset: Preset) -> Data:
     """Own pictures or texts. For test: what is labeled in `test_file` or test/, else a fifth."""
     path, tested = Path(dataset), Path(test_file or f"{dataset}/test")
-    train = read_own(dataset, "train")
+    train = read_own(dataset, "train", preset.columns)
     by_value = lambda name: (not (n := NUMBER.fullmatch(name)), n and float(name))  # noqa: E731
     classes, test = sorted(sorted({*train.y} - {""}), key=by_value), train.take([])
     if len(classes) < 2:
@@ -570,7 +576,7 @@ def load_own(dataset: str, test_file: str | None, data_dir: str, preset: Preset)
     if empty := sorted({at.name for at in path.glob("train/[!.]*/")} - {*classes, "unlabeled"}):
         raise UserError(f"{path}: expected pictures in every folder train/<class>/; empty: {empty}")
     if test_file or tested.is_dir():
-        test = read_own(test_file or dataset, "test")
+        test = read_own(test_file or dataset, "test", preset.columns)
         if unknown := sorted({*test.y} - {*classes, ""}):
             raise UserError(f"{tested}: has labels {unknown}, expected only those of {classes}")
         test = test.take(test.y != "")
@@ -587,7 +593,7 @@ def load_own(dataset: str, test_file: str | None, data_dir: str, preset: Preset)
         copies = among(train.x, test.x)  # never train on test examples
         print(f"{path}: {len(test)} test texts; left out {copies.sum()} copies from training")
         return Data(name, classes, train.take(~copies), test if len(test) else None)
-    store = f"{data_dir}/decoded/{name}-{content_hash(bytes(path.resolve())).hex()[:8]}"
+    store = f"{data_dir}/decoded/{name}-{content_hash(bytes(path.resolve()), 4)}"
     test = decode(test, store, preset, "test") if len(test) else None
     train = decode(train, store, preset, "train", test.keys if test else ())
     return Data(name, classes, train, test)
@@ -612,10 +618,9 @@ def decode(split: Split, store: str, preset: Preset, part: str, test_keys: Any =
     names, copies = split.x.astype(str), {*test_keys}
     times = [os.path.isfile(name) and os.stat(name).st_mtime_ns for name in names]
     recipe = json.dumps([shape, *names, *times, *sorted(copies)])
-    path, done = Path(f"{store}-{part}-{side}.raw"), None
+    path = Path(f"{store}-{part}-{side}.raw")
     note = path.with_suffix(".json")
-    if path.exists() and note.exists():
-        done, *found = json.loads(note.read_text())
+    done, *found = json.loads(note.read_text()) if path.exists() and note.exists() else [None]
     if done != recipe:
         found = []
         os.makedirs(path.parent, exist_ok=True)
@@ -645,7 +650,7 @@ def decode_one(file: str, side: int, shape: tuple) -> tuple[bytes, str, str]:
     fitted = functional.resize(image, [side] if shape[1] < side else [side, side])
     pixels = np.asarray(functional.center_crop(fitted, shape[1:])).transpose(2, 0, 1)
     content = image.tobytes() + str(image.size).encode()
-    return pixels.tobytes(), content_hash(content).hex(), ""
+    return pixels.tobytes(), content_hash(content), ""
 
 
 def read_picture(file: str | Path) -> Image.Image:
@@ -683,9 +688,9 @@ def share_right(right: int, total: int) -> str:
 
 def class_counts(y: ndarray, classes: list[str]) -> str:
     """Labels (not y = -1) per class, most frequent first, of at most 20 classes."""
-    counts = np.bincount(y[y >= 0], minlength=len(classes))
-    rows = [f"{classes[k]} {counts[k]}" for k in np.argsort(-counts, kind="stable")]
-    return ", ".join(rows[:20] + ["..."] * (len(rows) > 20))
+    counts = Counter(classes)  # 1 each, so that a class without labels is named, too
+    counts.update(classes[k] for k in y if k >= 0)
+    return ", ".join(f"{name} {n - 1}" for name, n in counts.most_common(20))
 
 
 def draw_labeled(y: ndarray, num_labels: int, K: int, seed: int) -> ndarray:
@@ -781,7 +786,6 @@ def rand_augment(x: Tensor, u: Tensor) -> Tensor:
 
 
 CUTOUT_FILL = (125, 123, 114)  # ZM; its luminance is 123
-WEAK_DRAWS, STRONG_DRAWS = 3, 12  # random numbers u per image
 
 
 def cutout(x: Tensor, u: Tensor) -> Tensor:
@@ -798,14 +802,17 @@ class Views:
     """What the network sees of a split of images: normalized float batches, made on the device."""
 
     def __init__(self, split: Split, preset: Preset, device: torch.device) -> None:
-        self.geometry, self.device = (preset.size, preset.pad, preset.flip), device
+        self.y, self.device = torch.tensor(split.y, device=device), device
+        self.extra = torch.zeros(len(split), 0, device=device)  # further inputs of the heads
+        self.order, self.largest_id = torch.arange(len(split)), -1  # see TextViews
+        if split.is_text:
+            return
+        self.geometry = preset.size, preset.pad, preset.flip
         statistics = 255 * torch.tensor([preset.mean, preset.std], device=device)
         self.mean, self.std = statistics[..., None, None]  # [C, 1, 1]
-        self.y, x = torch.tensor(split.y, device=device), torch.from_numpy(split.x)
+        x = torch.from_numpy(split.x)
         self.x = x.to(device) if x.nbytes <= 2**30 else x  # larger ones stay where they are
         self.batch = min(500, 16 + 2**21 // x[0].nbytes)  # evaluation; fewer large pictures
-        self.order, self.largest_id = torch.arange(len(split)), -1  # see TextViews
-        self.extra = torch.zeros(len(split), 0, device=device)  # further inputs of the heads
 
     def __len__(self) -> int:
         return len(self.y)
@@ -815,12 +822,12 @@ class Views:
 
     def weak(self, idx: Tensor) -> Tensor:
         """Normalized weak views [n, C, size, size] of the examples at idx [n]."""
-        x, u = self.pixels(idx), uniform(len(idx), WEAK_DRAWS)
+        x, u = self.pixels(idx), uniform(len(idx), 3)
         return self.normalized(crop_and_flip(x, u, *self.geometry))
 
     def strong(self, idx: Tensor) -> Tensor:
         """Normalized strong views; without a border, of a random part resized to the whole."""
-        x, u = self.pixels(idx), uniform(len(idx), STRONG_DRAWS)
+        x, u = self.pixels(idx), uniform(len(idx), 12)
         if not self.geometry[1]:
             crop = RandomResizedCrop(self.geometry[0])  # 0.08 to 1 of the area, sides 3:4 to 4:3
             x = torch.stack([crop(image) for image in x])
@@ -884,6 +891,7 @@ class TextViews(Views):
     """What the network sees of a split of texts: rows of tokens, padded to the batch's longest."""
 
     def __init__(self, split: Split, preset: Preset, backbone: str, device: torch.device) -> None:
+        super().__init__(split, preset, device)
         tokenizer = load_pretrained("AutoTokenizer", backbone, truncation_side="right")
         self.max_length = min(preset.size, tokenizer.model_max_length)
         config = load_pretrained("AutoConfig", backbone)
@@ -904,8 +912,6 @@ class TextViews(Views):
         self.num_aug = len(columns) - 1
         self.special = torch.tensor(tokenizer.all_special_ids, device=device)
         self.mask_id, self.batch = tokenizer.mask_token_id, 64
-        self.y, self.device = torch.tensor(split.y, device=device), device
-        self.extra = torch.zeros(len(split), 0, device=device)
 
     def plain(self, idx: Tensor) -> Tensor:
         """Tokens [n, L] int64 of the texts at idx."""
@@ -1166,27 +1172,15 @@ def optimizer_of(student: Any, kind: str, lr: float, weight_decay: float, layer_
     return torch.optim.AdamW(groups.values(), fused=True)  # BERT on a CPU: 570 -> 70 ms
 
 
-def average_of(student: nn.Module, decay: float) -> AveragedModel:
-    """`.module`: weights <- d * weights + (1 - d) * student's, batch statistics included; after t
-    updates d = min(decay, (1 + t) / (10 + t)); at t = 0 it copies.  # C8"""
-
-    def update(averaged: list[Tensor], current: list[Tensor], on_device: Tensor) -> None:
-        t = average.n_averaged.item()  # on the CPU: no GPU waits
-        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averaged, current, on_device)
-
-    average = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
-    return average
-
-
 @torch.no_grad()
-def predict(student: nn.Module, views: Views, autocast: Callable = nullcontext) -> Tensor:
-    """Class probabilities [N, K] float32 of the main head on all plain views, on the CPU."""
-    student, probs = student.eval(), []
+def predict(student: nn.Module, views: Views, autocast: Any = nullcontext) -> list[Tensor]:
+    """[class probabilities [N, K], features [N, D]] of all plain views, float32 on the CPU."""
+    student, parts = student.eval(), []
     for idx in views.order.split(views.batch):
         with autocast():
-            logits, _, _ = student(views.plain(idx), views.extra[idx])
-        probs.append(logits.float().softmax(dim=1).cpu())
-    return torch.cat(probs)[views.order.argsort()]
+            logits, _, features = student(views.plain(idx), views.extra[idx])
+        parts.append((logits.float().softmax(dim=1).cpu(), features.float().cpu()))
+    return [torch.cat(column)[views.order.argsort()] for column in zip(*parts)]
 
 
 def pseudo_label_accuracy(label: Tensor, mask: Tensor, y_true: Tensor) -> dict[str, Tensor]:
@@ -1210,7 +1204,7 @@ def note_signal(number: int, frame: Any) -> None:
 class Run:
     """A folder runs/<name>-<time>/. Scalars stay tensors until a line is printed: no step waits."""
 
-    def __init__(self, name: str, args: dict[str, Any], device: torch.device, dtype: Any) -> None:
+    def __init__(self, name: str, args: dict, device: torch.device, dtype: Any) -> None:
         """A new folder in args["runs_dir"], or that of the run which args["resume"] continues."""
         self.args, self.device, self.dtype, resume = args, device, dtype, args["resume"]
         begun = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # of this run alone
@@ -1243,7 +1237,6 @@ class Run:
     def describe(self, data: Data, labeled: ndarray, measured: str, y_zs: Any = None) -> None:
         """Print the plan, write it. y_zs [N]: the teacher's labels, -1: none."""
         self.measured, self.classes, y_lb = measured, data.classes, data.train.y[labeled]
-        self.counts = np.bincount(y_lb, minlength=len(self.classes))
         print(*(f"{name} {value}" for name, value in self.args.items() if value is not None))
         print(f"{self.folder} on {self.device}, autocast {self.dtype}; {measured}\n{len(labeled)} "
               f"labeled, {len(data.train)} unlabeled (with labeled), {len(data.test or ())} test; "
@@ -1252,12 +1245,10 @@ class Run:
             right = share_right(int((y_zs[labeled] == y_lb).sum()), len(labeled))
             print(f"teacher's labels: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
             print(f"teacher right on labeled examples: {right}", flush=True)
-        given = *data.train.hashes(), y_lb.tobytes(), str(y_zs is None or y_zs.tolist()).encode()
-        now = {  # what it takes to repeat the run
-            "command": sys.argv, "python": sys.version, "torch": torch.__version__,
-            "device": str(self.device), "threads": torch.get_num_threads(),
-            "data": content_hash(b"".join(given)).hex(),
-        }  # fmt: skip
+        given = data.train.hashes(), y_lb.tolist(), y_zs is None or y_zs.tolist()
+        now = {"command": sys.argv, "cwd": os.getcwd(), "python": sys.version}
+        now |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        now["data"] = content_hash(str(given).encode())
         env = self.folder / "env.json"
         first = now | {"resumed": []} | (json.loads(env.read_text()) if env.exists() else {})
         if first["data"] != now["data"]:
@@ -1271,7 +1262,7 @@ class Run:
         write_atomically(env, first)
         write_atomically(self.folder / "labeled_idx.txt", "\n".join(map(str, labeled)).encode())
 
-    def restore(self, stage: int, parts: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def restore(self, stage: int, parts: dict) -> tuple[int, dict]:
         """(first step, state) of the checkpoint if it is of this stage, else (0, {})."""
         self.stage_start, self.steps, self.pending = time.perf_counter(), 0, {}
         STOP["waits"] = True  # from now on, `save` answers signals
@@ -1317,15 +1308,12 @@ class Run:
         """If it is due, log the accuracy in percent of `student` on `test`."""
         if not self.due(step, num_steps):
             return
-        label = predict(student, test, self.autocast).argmax(dim=1)
+        label = predict(student, test, self.autocast)[0].argmax(dim=1)
         acc = 100 * (label == test.y.cpu()).float().mean().item()
         name = "test/acc" if self.measured == "test_acc" else f"train/{self.measured}"
         row = {name: acc, "time/hours": self.seconds() / 3600}
         self.history.setdefault(stage, []).append(acc)
         self.write(stage, step, row, *(f" | {name} {value:.2f}" for name, value in row.items()))
-        for k in sorted({*range(len(self.classes))} - {*label.tolist()}):
-            if step + 1 == num_steps:
-                print(f"never predicted: {self.classes[k]} ({self.counts[k]} labels)")
 
     def write(self, stage: int, step: int, row: dict[str, float], *said: str) -> None:
         values = {name: None if math.isnan(value) else value for name, value in row.items()}
@@ -1366,15 +1354,27 @@ class Run:
         """The reported figure of a stage, percent: its last evaluation, never the best one."""
         return self.history.get(stage, [None])[-1]
 
-    def finish(self, stage: int, student: Any, lines: dict[str, Any], **facts: Any) -> dict:
-        """Write the student and result.json, print `lines`, return the result."""
+    def finish(self, student: Any, test: Views, lines: dict, **facts: Any) -> dict:
+        """Write the student, report.txt, result.json; print `lines`, return the result."""
+        from sklearn.metrics import classification_report, confusion_matrix
+
         config = student.config | {"dataset": self.args["dataset"], "classes": self.classes}
         if not RANK:
             save_student(self.folder / "student", student, config)
-        last20 = self.history[stage][-20:]
+        probs, _ = predict(student, test, self.autocast)
+        (sure, label), y = probs.max(dim=1), test.y.cpu()
+        gaps = torch.zeros(11).index_add(0, (10 * sure).long(), (label == y) * 1.0 - sure)
+        of = {"labels": range(len(self.classes)), "target_names": self.classes, "zero_division": 0}
+        table = confusion_matrix(y, label, labels=of["labels"])
+        report = f"{classification_report(y, label, **of)}\nconfusion, a row per class\n{table}\n"
+        print(report)
+        write_atomically(self.folder / "report.txt", report.encode())
+        last20 = self.history[max(self.history)][-20:]
         result = {
             self.measured: last20[-1], f"{self.measured}_median20": float(np.median(last20)),
             "measured": self.measured, "seconds": self.seconds(), **facts,
+            "calibration_error": 100 * gaps.norm(1).item() / len(y),
+            "by_class": classification_report(y, label, output_dict=True, **of),
         }  # fmt: skip
         write_atomically(self.folder / "result.json", result | {"args": self.args})
         for file in filter(None, (self.metrics, self.board)):
@@ -1419,7 +1419,7 @@ def write_atomically(path: Path, content: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> None:
+def save_student(folder: Path, student: nn.Module, config: dict) -> None:
     """Encoder and main head; encoder/: once more in transformers' format, with its tokenizer."""
     folder.mkdir(exist_ok=True)
     model = getattr(student.encoder, "model", None)
@@ -1433,7 +1433,7 @@ def save_student(folder: Path, student: nn.Module, config: dict[str, Any]) -> No
     write_atomically(folder / "config.json", config)
 
 
-def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
+def load_student(folder: str | Path) -> tuple[Student, dict]:
     """(student in eval mode, config) of a folder of `save_student`."""
     folder = Path(folder)
     with explained(f"{folder} is no student", "expected the folder RUN/student"):
@@ -1466,14 +1466,15 @@ def cli(args_type: type, main: Callable[[Any], Any]) -> None:
         if folder := getattr(args, "resume", None):
             expected = f"expected the folder of a run of {script}"
             with explained(f"--resume {folder} cannot be continued", expected):
-                saved = json.loads(Path(folder, "args.json").read_bytes()) | {"resume": folder}
-                saved = args_type(**saved)
+                files = (Path(folder, name).read_bytes() for name in ("args.json", "env.json"))
+                saved, env = map(json.loads, files)
+                saved = args_type(**saved | {"resume": os.path.abspath(folder)})
+                os.chdir(env.get("cwd", "."))  # relative paths are those of the start
             args = tyro.cli(args_type, default=saved)
+            args.resume = saved.resume
             for name in vars(saved).keys() - {"data_dir", "runs_dir", "device", "amp"}:
-                now, was = getattr(args, name), getattr(saved, name)
-                if now != was and os.path.abspath(str(now)) != was:
-                    flag = f"--{name.replace('_', '-')} {now}"
-                    raise UserError(f"{flag}: the run has {was}; leave it out or start a new run")
+                if (now := getattr(args, name)) != (was := getattr(saved, name)):
+                    raise UserError(f"--{name.replace('_', '-')} {now}: the run has {was}; omit it")
         if PROCESSES > 1:  # gloo for CPU tensors, nccl for CUDA; others wait while the first labels
             torch.distributed.init_process_group(timeout=timedelta(days=1))
         if RANK:

@@ -59,17 +59,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common import (
-    Run, Views, average_of, batch_at, build_student, cli, data_parallel, draw_labeled,
-    from_first_process, join, load_data, make_views, measured_part, optimizer_of, preset_of,
-    pseudo_label_accuracy, resolve, seed_step, setup_device, write_atomically,
+    LABELS, TEXTS, Run, Views, batch_at, build_student, cli, data_parallel, draw_labeled,
+    from_first_process, join, load_data, make_views, measured_part, optimizer_of, predict,
+    preset_of, pseudo_label_accuracy, resolve, seed_step, setup_device, write_atomically,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------- arguments
@@ -77,78 +78,45 @@ from common import (
 
 @dataclass
 class Args:
-    # run
-    dataset: str = "digits"
-    """A name in common.PRESETS, a folder of pictures, a .csv or .jsonl file of texts (README)."""
-    test_file: str | None = None
-    """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
-    num_labels: int | None = None
-    """Labeled examples, the same number per class; 0: all. Unset: the preset's; own data: all."""
-    size: int | None = None
-    """Own pictures: the side in pixels the network sees. Own texts: maximum tokens per row."""
-    seed: int = 0
-    """Decides the labeled examples, the initial weights, the batches and every random view."""
-    data_dir: str = "data"
-    """Where data sets and label files are kept."""
-    runs_dir: str = "runs"
-    """Where a folder for this run is made."""
-    resume: str | None = None
-    """Folder of a run to continue, with its arguments."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: the accelerator, if there is one."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of forward passes; losses are float32. auto: bf16 on GPUs that support it."""
-    compile: bool = False
-    """torch.compile the student: a slow first step, then faster, mostly on GPUs."""
-    log_every: int = 20
-    """Steps from one printed line to the next."""
-    tensorboard: bool = False
-    """Also write the metrics for TensorBoard into the run folder; needs the package tensorboard."""
-    eval_every: int | None = None
-    """Steps from one evaluation and checkpoint to the next. Unset here and below: the preset's."""
+    dataset: str = "digits"  # a name in common.PRESETS, a folder of pictures, a .csv or .jsonl file
+    test_file: str | None = None  # test part of a file; unset: a fifth of its labeled rows
+    text_column: str = TEXTS  # of a table: the first of these that it has
+    label_column: str = LABELS  # the same
+    num_labels: int | None = None  # equally many per class; 0: all; unset: the preset's
+    size: int | None = None  # own pictures: side in pixels; own texts: most tokens per row
+    seed: int = 0  # decides labeled examples, initial weights, batches and random views
+    data_dir: str = "data"  # where data sets and label files are kept
+    runs_dir: str = "runs"  # where a folder for this run is made
+    resume: str | None = None  # folder of a run to continue, with its arguments
+    device: str = "auto"  # cpu, cuda, mps ...; auto: the accelerator, if any
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 on GPUs that have it
+    compile: bool = False  # torch.compile the student: a slow first step, then faster on GPUs
+    log_every: int = 20  # steps from one printed line to the next
+    tensorboard: bool = False  # also log to TensorBoard in the run folder; needs the package
+    eval_every: int | None = None  # steps from one evaluation and checkpoint to the next
     # model
-    backbone: str | None = None
-    """cnn, wrn_28_2, efficientnet_b0, vit_small_patch2_32, vit_small_patch16_224, or a hub id."""
-    weights: str | None = None
-    """Pre-trained weights of the encoder: a file, a folder, or none; unset: the published ones."""
-    # optimization
-    num_steps: int | None = None
-    """Updates of each network. Set alone, it also scales the warm-up and --eval-every."""
-    batch_size: int | None = None
-    """B: labeled examples a step."""
-    uratio: int | None = None
-    """Unlabeled examples per labeled one: B_u = uratio * B."""
-    optimizer: Literal["adamw", "sgd"] | None = None
-    """sgd has Nesterov momentum 0.9."""
-    lr: float | None = None
-    """Peak learning rate; with --layer-decay below 1, of the heads."""
-    weight_decay: float | None = None
-    """Weight decay of matrices and kernels; biases and norms have none."""
-    layer_decay: float | None = None
-    """Learning-rate factor in (0, 1] from one layer to the one below it."""
-    warmup_steps: int | None = None
-    """Steps of linear learning-rate warm-up, in each stage."""
-    ema_decay: float | None = None
-    """Decay in [0, 1) of the averaged weights, which are evaluated; 0: no averaging."""
+    backbone: str | None = None  # a name in common.NAMES, or a model of transformers (id, folder)
+    weights: str | None = None  # of the encoder: file, folder or none; unset: the published ones
+    # optimization; unset values are the preset's (common.PRESETS)
+    num_steps: int | None = None  # of each network; alone, it scales warm-up and --eval-every
+    batch_size: int | None = None  # B: labeled examples a step
+    uratio: int | None = None  # B_u = uratio * B unlabeled examples a step
+    optimizer: Literal["adamw", "sgd"] | None = None  # sgd has Nesterov momentum 0.9
+    lr: float | None = None  # peak; with --layer-decay below 1, of the heads
+    weight_decay: float | None = None  # of matrices and kernels; biases and norms have none
+    layer_decay: float | None = None  # learning-rate factor from one layer to the one below it
+    warmup_steps: int | None = None  # linear learning-rate warm-up, of each network
+    ema_decay: float | None = None  # of the averaged weights, which are evaluated; 0: no averaging
     # method
-    outer_only: bool = False
-    """Stop after stage 1: plain FixMatch."""
-    tau: float = 0.95
-    """Confidence in [0, 1] from which the outer network's own label trains it."""
-    lambda_u: float = 1.0
-    """Weight of loss_u."""
-    tau_select: float = 0.80
-    """First filter of T_u: the outer network's confidence in [0, 1] from which a label passes."""
-    clustering: Literal["dec", "kmeans", "none"] = "dec"
-    """Second filter of T_u: the label must agree with the cluster; none: no second filter."""
-    tau_inner: float = 0.95
-    """Confidence in [0, 1] from which the inner network's own label replaces the outer's."""
-    unsup_loss: Literal["ce", "sce", "mae", "nce"] = "sce"
-    """The inner network's loss on unlabeled examples."""
-    sce_alpha: float = 1.0
-    """Weight of cross-entropy in --unsup-loss sce."""
-    sce_beta: float = 0.1
-    """Weight of reverse cross-entropy in --unsup-loss sce; the paper has 0.1 and 0.01."""
+    outer_only: bool = False  # stop after stage 1: plain FixMatch
+    tau: float = 0.95  # confidence from which the outer network's own label trains it
+    lambda_u: float = 1.0  # weight of loss_u
+    tau_select: float = 0.80  # first filter of T_u: least confidence of the outer network
+    clustering: Literal["dec", "kmeans", "none"] = "dec"  # second filter of T_u, or none
+    tau_inner: float = 0.95  # confidence from which the inner network's own label trains it
+    unsup_loss: Literal["ce", "sce", "mae", "nce"] = "sce"  # of the inner network
+    sce_alpha: float = 1.0  # weight of cross-entropy in --unsup-loss sce
+    sce_beta: float = 0.1  # weight of reverse cross-entropy in sce; the paper has 0.1 and 0.01
 
 
 # ---------------------------------------------------------------------------- the method
@@ -242,6 +210,18 @@ def loss_robust(
     if name == "sce":
         return (sce(logits_ulb_s, target, alpha, beta) * used).mean()
     return ({"mae": mae, "nce": nce}[name](logits_ulb_s, target) * used).mean()
+
+
+def average_of(student: nn.Module, decay: float) -> AveragedModel:
+    """`.module`: weights <- d * weights + (1 - d) * student's, batch statistics included; after t
+    updates d = min(decay, (1 + t) / (10 + t)); at t = 0 it copies.  # C8"""
+
+    def update(*tensors: Any) -> None:  # averaged, current, t on their device
+        t = average.n_averaged.item()  # on the CPU: no GPU waits
+        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(*tensors)
+
+    average = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
+    return average
 
 
 # ---------------------------------------------------------------------------- training
@@ -366,14 +346,8 @@ def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tens
     """T_u as y_outer [N] int64: the outer network's labels that pass both filters, -1 elsewhere.
 
     Monitoring: trusted.json, {set: [its size, percent of its labels that are right or null]}."""
-    outer.eval()
-    rows = []
-    for idx in torch.arange(len(train)).split(train.batch):
-        with torch.no_grad(), run.autocast():
-            logits, _, features = outer(train.plain(idx))
-        rows.append((logits.float().softmax(dim=1), features.float()))
-    columns = (torch.cat(column).cpu() for column in zip(*rows, strict=True))  # [N, K], [N, D]
-    probs, features = (from_first_process(x).to(run.device) for x in columns)  # all agree on T_u
+    found = map(from_first_process, predict(outer, train, run.autocast))  # all agree on T_u
+    probs, features = (x.to(run.device) for x in found)  # [N, K], [N, D]
     label, confident = hard_labels(probs, args.tau_select)  # A3
     kept = confident.nonzero().squeeze(1)
     cluster = label.clone()
@@ -399,7 +373,8 @@ def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tens
 
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
-    preset = preset_of(args.dataset, args.backbone, args.size)
+    columns = args.text_column, args.label_column
+    preset = preset_of(args.dataset, args.backbone, args.size, columns)
     args = Args(**resolve(vars(args), preset))
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     data = load_data(args.dataset, args.data_dir, args.test_file, preset)
@@ -407,7 +382,7 @@ def main(args: Args) -> dict[str, Any]:
     test_part, measured = measured_part(data)
 
     name = f"kd_fixmatch-{data.name}-{args.num_labels}-seed{args.seed}"
-    run = Run(name, asdict(args), device, dtype)
+    run = Run(name, vars(args), device, dtype)
     run.describe(data, labeled, measured)
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
@@ -433,7 +408,7 @@ def main(args: Args) -> dict[str, Any]:
         trusted = json.loads((run.folder / "trusted.json").read_text())
         lines[f"inner (KD-FixMatch, {args.unsup_loss})"] = run.accuracy(3)
     facts = {"outer_acc": run.accuracy(1), "trusted": trusted}
-    return run.finish(1 if args.outer_only else 3, evaluated, lines, **facts)
+    return run.finish(evaluated, test, lines, **facts)
 
 
 if __name__ == "__main__":

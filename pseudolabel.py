@@ -66,10 +66,10 @@ from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image, to
 from tqdm import tqdm
 
 from common import (
-    OWN, PRESETS, STOP, TEXTS, Data, SmallCNN, Split, Student, UserError, class_counts, cli,
-    column_of, content_hash, decode, files_below, first_process_first, label_in, load_data,
+    LABELS, OWN, PRESETS, STOP, TEXTS, Data, SmallCNN, Split, Student, UserError, class_counts,
+    cli, column_of, content_hash, decode, files_below, first_process_first, label_in, load_data,
     load_pretrained, load_student, lock, make_views, predict, preset_of, read_picture, read_table,
-    reason_of, seed_step, setup_device, share_right, write_atomically,
+    reason_of, seed_step, setup_device, share_right,
 )  # fmt: skip
 
 FORMAT = "zeromatch-labels-1"
@@ -83,13 +83,15 @@ ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, Runt
 class Args:
     dataset: str = "digits"  # name in common.PRESETS, folder of images, .csv or .jsonl of texts
     test_file: str | None = None  # test texts; unset: a fifth of the labeled rows of --dataset
+    text_column: str = TEXTS  # of a table: the first of these that it has
+    label_column: str = LABELS  # the same
     split: Literal["train", "test"] = "train"  # part to label
     teacher: Literal["glyphs", "clip", "text", "embedding", "chat", "student", "import"] = "glyphs"
     output: str | None = None  # unset: DATA_DIR/labels/DATASET-SPLIT-TEACHER.jsonl; tables: -HASH
     csv: str | None = None  # student: answers to all rows of own data, instead of a label file
     data_dir: str = "data"  # folder of data sets and label files
     dry_run: int | None = None  # label only so many, spread over the part, and estimate the cost
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of local models
+    device: str = "auto"  # of local models
     batch_size: int = 32  # examples per forward pass of a local model
     model: str | None = None  # hub id, folder, or name at the endpoint; unset: see README
     prompt: str | None = None
@@ -124,7 +126,7 @@ class Args:
 def header_of(data: Data, split: str, *made: Any) -> Row:
     """Line 1 of a label file. made: teacher, model, prompt, settings, as far as they are known."""
     rows = data.part(split).hashes()
-    order, content = (content_hash(b"".join(of), 8).hex() for of in (rows, sorted(rows)))
+    order, content = (content_hash(bytes.fromhex("".join(of)), 8) for of in (rows, sorted(rows)))
     header = {"format": FORMAT, "dataset": data.name, "split": split, "num_examples": len(rows)}
     header |= {"classes": data.classes, "fingerprint": {"order": order, "content": content}}
     return header | dict(zip(("teacher", "model", "prompt", "settings"), made))
@@ -204,13 +206,6 @@ def rows_of(idx: Tensor, probs: Tensor) -> Rows:
         raise UserError("the teacher's probabilities are not finite; try --device cpu")
     for i, row in zip(idx.tolist(), probs.float().cpu()):
         yield {"index": i, "label": int(row.argmax()), "probs": [round(p, 5) for p in row.tolist()]}
-
-
-def write_labels(path: Path, header: Row, probs: np.ndarray) -> None:
-    """Write a complete label file at once from probabilities [N, K]."""
-    os.makedirs(path.parent, exist_ok=True)
-    lines = [header, *rows_of(torch.arange(len(probs)), torch.as_tensor(probs))]
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 # ---------------------------------------------------------------------------- prompts and answers
@@ -335,7 +330,7 @@ def label_with_network(part: Split, classes: list[str], todo: list[int], args: A
     device, _ = setup_device(args.device, "off", backbone)
     for idx in torch.tensor(todo).split(500):
         views = make_views(part.take(idx.numpy()), preset, backbone, device)
-        yield from rows_of(idx, predict(student.to(device), views))
+        yield from rows_of(idx, predict(student.to(device), views)[0])
 
 
 def load_model(kind: str, reader: str, args: Args, **options: Any) -> tuple[Any, Any, Any, int]:
@@ -852,12 +847,12 @@ def label(data: Data, args: Args) -> Row:
     model, part, classes = args.model, data.part(args.split), data.classes
     source = {"student": f"{args.student}/model.safetensors", "import": args.input}
     if source := source.get(args.teacher):
-        model = f"{Path(source).name} {content_hash(Path(source).read_bytes(), 8).hex()}"
+        model = f"{Path(source).name} {content_hash(Path(source).read_bytes(), 8)}"
     settings = {setting: getattr(args, setting) for setting in settings.split()}
     header = header_of(data, args.split, args.teacher, model, args.prompt, settings)
     name = f"{data.name}-{args.split}-{args.teacher}"
     if Path(args.dataset).is_file():  # another one of its name has another file
-        name += f"-{content_hash(os.path.realpath(args.dataset).encode(), 4).hex()}"
+        name += f"-{content_hash(os.path.realpath(args.dataset).encode(), 4)}"
     path = Path(args.output or f"{args.data_dir}/labels/{name}.jsonl")
     given = args.dataset, args.test_file, args.prompt, args.input, args.batch_results
     given = {os.path.realpath(file) for file in given if file}
@@ -913,7 +908,9 @@ def summary(path: Path, rows: list[Row], y: np.ndarray, classes: list, args: Arg
         kinds = (right, ~right & (labels >= 0), labels == -1)
         good, bad, none = (np.bincount(y[known & kind], minlength=len(classes)) for kind in kinds)
         for i in np.argsort(-bad - none, kind="stable")[:15]:
-            print(f"  {classes[i]}: {good[i]} right, {bad[i]} wrong, {none[i]} without an answer")
+            often = classes[np.bincount(labels[known & kinds[1] & (y == i)], minlength=1).argmax()]
+            said = f"  {classes[i]}: {good[i]} right, {bad[i]} wrong, {none[i]} without an answer"
+            print(said + f"; most often taken for {often}" * bool(bad[i]))
     return result
 
 
@@ -950,15 +947,16 @@ def default_labels(data: Data, data_dir: str, dataset: Any = None, test_file: An
 
 
 def answer_all(args: Args, config: Row) -> Row:
-    """A student's answers to all rows of a table, or files of a folder, in --csv: its columns (or
-    file), label, confidence, a probability per class; where a name is taken, "predicted NAME"."""
+    """A student's answers to all rows of a table, or files of a folder, in --csv: its columns or
+    file, then label, confidence, a probability per class ("predicted NAME" where NAME is taken);
+    and in the result: answers {text or file: [label, confidence, a probability per class]}."""
     path, classes = Path(args.dataset), config["classes"]
     is_text = not (path.is_dir() or config["mean"])
     out = Path(args.csv or f"{args.data_dir}/{path.resolve().name}.csv")
     if out.resolve() == path.resolve():
         raise UserError(f"--csv {out} is an input; write to another file")
     rows = [{"file": file} for file in files_below(path)] if path.is_dir() else read_table(path)
-    column = column_of(rows, TEXTS)
+    column = column_of(rows, args.text_column)
     names = [str(row.get(column) or "").encode("utf-8", "replace").decode().strip() for row in rows]
     if path.is_file() and not is_text:
         names = [name and str(path.parent / name) for name in names]
@@ -966,7 +964,7 @@ def answer_all(args: Args, config: Row) -> Row:
     part = Split(x, np.full(len(x), -1))
     if not is_text:
         preset = PRESETS["cifar10"]._replace(size=config["size"], pad=config["pad"])
-        store = f"{args.data_dir}/decoded/new-{content_hash(os.path.realpath(path).encode()).hex()}"
+        store = f"{args.data_dir}/decoded/new-{content_hash(os.path.realpath(path).encode())}"
         part = decode(part, store, preset, "test")
         if len(config["mean"]) == 1:
             part.x = rgb_to_grayscale(torch.tensor(part.x)).numpy()
@@ -978,9 +976,10 @@ def answer_all(args: Args, config: Row) -> Row:
     table = [columns + ours]
     for row, name in zip(rows, names):
         table.append([*map(row.get, columns), *answers.get(name, [""] * len(ours))])
+    os.makedirs(out.parent, exist_ok=True)
     with open(out, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file).writerows(table)
-    return summary(out, made, part.y, classes, args)
+    return summary(out, made, part.y, classes, args) | {"answers": answers}
 
 
 def main(args: Args) -> Row:
@@ -992,7 +991,8 @@ def main(args: Args) -> Row:
         is_new = args.csv or folder.is_dir() and not (folder / "train").is_dir()
         if is_new and args.dataset not in PRESETS:
             return answer_all(args, config)
-    preset = preset_of(args.dataset, config["backbone"], config["size"])
+    look = config["backbone"], config["size"], (args.text_column, args.label_column)
+    preset = preset_of(args.dataset, *look)
     return label(load_data(args.dataset, args.data_dir, args.test_file, preset), args)
 
 

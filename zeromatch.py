@@ -55,20 +55,23 @@ Departures from the authors' code (those in the data path are numbered in common
 
 from __future__ import annotations
 
+import csv
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from sklearn.neighbors import KNeighborsRegressor
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common import (
-    Run, UserError, Views, average_of, batch_at, build_student, cli, data_parallel, draw_labeled,
-    explained, join, load_data, make_views, mean_over_processes, measured_part, optimizer_of,
-    preset_of, pseudo_label_accuracy, resolve, seed_step, setup_device,
+    LABELS, TEXTS, Run, Split, UserError, Views, batch_at, build_student, cli, data_parallel,
+    draw_labeled, explained, join, load_data, make_views, mean_over_processes, measured_part,
+    optimizer_of, predict, preset_of, pseudo_label_accuracy, resolve, seed_step, setup_device,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -77,83 +80,48 @@ from pseudolabel import default_labels, read_labels
 
 @dataclass
 class Args:
-    # run
-    dataset: str = "digits"
-    """A name in common.PRESETS, a folder of pictures, a .csv or .jsonl file of texts (README)."""
-    test_file: str | None = None
-    """Test part of a file of texts; unset: a fifth of its labeled rows, if every class has ten."""
-    num_labels: int | None = None
-    """Labeled examples, the same number per class; 0: all. Unset: the preset's; own data: all."""
-    size: int | None = None
-    """Own pictures: the side in pixels the network sees. Own texts: maximum tokens per row."""
-    seed: int = 0
-    """Decides the labeled examples, the initial weights, the batches and every random view."""
-    pseudolabels: str | None = None
-    """Teacher's labels of the training part (pseudolabel.py); unset: found in DATA_DIR or made."""
-    pseudolabels_test: str | None = None
-    """Teacher's labels of the test part, only to print the teacher's accuracy there."""
-    data_dir: str = "data"
-    """Where data sets and label files are kept."""
-    runs_dir: str = "runs"
-    """Where a folder for this run is made."""
-    resume: str | None = None
-    """Folder of a run to continue, with its arguments."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: the accelerator, if there is one."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of forward passes; losses are float32. auto: bf16 on GPUs that support it."""
-    compile: bool = False
-    """torch.compile the student: a slow first step, then faster, mostly on GPUs."""
-    log_every: int = 20
-    """Steps from one printed line to the next."""
-    tensorboard: bool = False
-    """Also write the metrics for TensorBoard into the run folder; needs the package tensorboard."""
-    eval_every: int | None = None
-    """Steps from one evaluation and checkpoint to the next. Unset here and below: the preset's."""
+    dataset: str = "digits"  # a name in common.PRESETS, a folder of pictures, a .csv or .jsonl file
+    test_file: str | None = None  # test part of a file; unset: a fifth of its labeled rows
+    text_column: str = TEXTS  # of a table: the first of these that it has
+    label_column: str = LABELS  # the same
+    num_labels: int | None = None  # equally many per class; 0: all; unset: the preset's
+    size: int | None = None  # own pictures: side in pixels; own texts: most tokens per row
+    seed: int = 0  # decides labeled examples, initial weights, batches and random views
+    pseudolabels: str | None = None  # teacher's labels of the training part; unset: found or made
+    pseudolabels_test: str | None = None  # of the test part, to print the teacher's accuracy
+    data_dir: str = "data"  # where data sets and label files are kept
+    runs_dir: str = "runs"  # where a folder for this run is made
+    resume: str | None = None  # folder of a run to continue, with its arguments
+    device: str = "auto"  # cpu, cuda, mps ...; auto: the accelerator, if any
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 on GPUs that have it
+    compile: bool = False  # torch.compile the student: a slow first step, then faster on GPUs
+    log_every: int = 20  # steps from one printed line to the next
+    tensorboard: bool = False  # also log to TensorBoard in the run folder; needs the package
+    eval_every: int | None = None  # steps from one evaluation and checkpoint to the next
     # model
-    backbone: str | None = None
-    """cnn, wrn_28_2, efficientnet_b0, vit_small_patch2_32, vit_small_patch16_224, or a hub id."""
-    weights: str | None = None
-    """Pre-trained weights of the encoder: a file, a folder, or none; unset: the published ones."""
-    # optimization
-    num_steps: int | None = None
-    """Updates of stage 2. Set alone, it also scales stage 1, the warm-up and --eval-every."""
-    num_steps_stage1: int | None = None
-    """Updates of stage 1."""
-    batch_size: int | None = None
-    """B: labeled examples a step."""
-    uratio: int | None = None
-    """Unlabeled examples per labeled one: B_u = uratio * B. Stage 1 takes B_u examples a step."""
-    optimizer: Literal["adamw", "sgd"] | None = None
-    """sgd has Nesterov momentum 0.9."""
-    lr: float | None = None
-    """Peak learning rate; with --layer-decay below 1, of the heads."""
-    weight_decay: float | None = None
-    """Weight decay of matrices and kernels; biases and norms have none."""
-    layer_decay: float | None = None
-    """Learning-rate factor in (0, 1] from one layer to the one below it."""
-    warmup_steps: int | None = None
-    """Steps of linear learning-rate warm-up, in each stage."""
-    ema_decay: float | None = None
-    """Decay in [0, 1) of the averaged weights, which are evaluated; 0: no averaging."""
+    backbone: str | None = None  # a name in common.NAMES, or a model of transformers (id, folder)
+    weights: str | None = None  # of the encoder: file, folder or none; unset: the published ones
+    # optimization; unset values are the preset's (common.PRESETS)
+    num_steps: int | None = None  # of stage 2; alone, it scales stage 1, warm-up, --eval-every
+    num_steps_stage1: int | None = None  # updates of stage 1
+    batch_size: int | None = None  # B: labeled examples a step
+    uratio: int | None = None  # B_u = uratio * B unlabeled examples a step; in stage 1, too
+    optimizer: Literal["adamw", "sgd"] | None = None  # sgd has Nesterov momentum 0.9
+    lr: float | None = None  # peak; with --layer-decay below 1, of the heads
+    weight_decay: float | None = None  # of matrices and kernels; biases and norms have none
+    layer_decay: float | None = None  # learning-rate factor from one layer to the one below it
+    warmup_steps: int | None = None  # linear learning-rate warm-up, in each stage
+    ema_decay: float | None = None  # of the averaged weights, which are evaluated; 0: no averaging
     # method
-    stages: Literal["both", "1", "2"] = "both"
-    """1: pseudo-supervision only. 2: no warm-up. both: ZeroMatch."""
-    tau: float = 0.95
-    """Relative threshold in [0, 1]: multiplies the mean confidence on the labeled batch."""
-    lambda_u: float = 1.0
-    """Weight of loss_u."""
-    lambda_p: float = 1.0
-    """Weight of loss_kd; 0: stage 2 is AdaMatch."""
-    anneal: Literal["linear", "none"] = "linear"
-    """alpha_t: linear from 0 to 1 over stage 2, or none: 1 throughout."""
-    marginal_decay: float | None = None
-    """Decay of the running class marginals p_lb and p_ulb."""
-    agreement: bool = False
-    """Beyond the paper: a pseudo-label that the teacher shares has at least the weight alpha_t."""
-    prior: str = "labeled"
-    """Beyond the paper, for unequal classes: the class shares that pseudo-labels are aligned to.
-    labeled: p_lb, as published; teacher: teacher_shares; else a JSON file {class: share}."""
+    stages: Literal["both", "1", "2"] = "both"  # 1: pseudo-supervision alone; 2: no warm-up
+    tau: float = 0.95  # relative threshold: times the mean confidence on the labeled batch
+    lambda_u: float = 1.0  # weight of loss_u
+    lambda_p: float = 1.0  # weight of loss_kd; 0: stage 2 is AdaMatch
+    anneal: Literal["linear", "none"] = "linear"  # alpha_t: 0 to 1 over stage 2; none: 1
+    marginal_decay: float | None = None  # of the running class marginals p_lb and p_ulb
+    # beyond the paper
+    agreement: bool = False  # a pseudo-label that the teacher shares has at least weight alpha_t
+    prior: str = "labeled"  # shares to align to: labeled (p_lb), teacher, or a file {class: share}
 
 
 # ---------------------------------------------------------------------------- the method
@@ -234,6 +202,18 @@ def teacher_shares(y_zs: Tensor, y_lb: Tensor, K: int) -> Tensor:
     answers, labels = y_zs[y_zs >= 0].bincount(minlength=K), y_lb.bincount(minlength=K)
     shares = answers / answers.sum().clamp(min=1) + labels / labels.sum()
     return shares / shares.sum()
+
+
+def average_of(student: nn.Module, decay: float) -> AveragedModel:
+    """`.module`: weights <- d * weights + (1 - d) * student's, batch statistics included; after t
+    updates d = min(decay, (1 + t) / (10 + t)); at t = 0 it copies.  # C8"""
+
+    def update(*tensors: Any) -> None:  # averaged, current, t on their device
+        t = average.n_averaged.item()  # on the CPU: no GPU waits
+        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(*tensors)
+
+    average = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
+    return average
 
 
 # ---------------------------------------------------------------------------- training
@@ -366,9 +346,28 @@ def prior_from_file(path: str, classes: list[str]) -> Tensor:
     return shares / shares.sum()
 
 
+def write_review(path: Path, found: list, labeled: Any, y_zs: Any, part: Split, classes: list):
+    """CSV of up to 200 examples that the teacher labels differently: labeled ones (wrong labels?),
+    least support first, then others, by the student's confidence (label these next?).
+    found: `predict` of the pool. Support: mean probability of the label on the 10 nearest examples
+    (features), because a student fits wrong labels, too, but seldom gives them to similar ones."""
+    (probs, z), rows = found, [["labeled", "label or student's", "teacher's", "example"]]
+    rank, label = probs.max(dim=1)
+    label[labeled] = torch.from_numpy(part.y[labeled])
+    nearest = KNeighborsRegressor(min(10, len(z))).fit(z, probs).predict(z[labeled])
+    rank[labeled] = 2 - torch.tensor(nearest[range(len(labeled)), label[labeled]])
+    for i in rank.argsort(descending=True).tolist():
+        if label[i] != y_zs[i] >= 0:
+            example = part.x[i] if part.is_text else i if part.files is None else part.files[i]
+            rows.append([i in labeled, classes[label[i]], classes[y_zs[i]], example])
+    with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
+        csv.writer(file).writerows(rows[:201])
+
+
 def main(args: Args) -> dict[str, Any]:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
-    preset = preset_of(args.dataset, args.backbone, args.size)
+    columns = args.text_column, args.label_column
+    preset = preset_of(args.dataset, args.backbone, args.size, columns)
     args = Args(**resolve(vars(args), preset))
     if args.stages == "1" and (args.agreement or args.prior != "labeled"):
         raise UserError("--agreement and --prior change stage 2; leave them out with --stages 1")
@@ -392,7 +391,7 @@ def main(args: Args) -> dict[str, Any]:
         prior = teacher_shares(y_zs, y_lb_all, K)
     test_part, measured = measured_part(data)
     name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
-    run = Run(name, asdict(args), device, dtype)
+    run = Run(name, vars(args), device, dtype)
     run.describe(data, labeled, measured, zero_shot)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
     train.y[labeled] = -1  # monitor pseudo-labels on hidden labels only
@@ -410,10 +409,11 @@ def main(args: Args) -> dict[str, Any]:
         lb = torch.from_numpy(labeled), y_lb_all
         evaluated = train_stage2(student, *lb, y_zs, train, test, prior, args, run)
 
-    stage, acc1 = 1 if args.stages == "1" else 2, run.accuracy(1)
-    lines = {"teacher (zero-shot)": teacher_acc, "stage 1 (pseudo-supervision)": acc1}
-    lines |= {"stage 2 (ZeroMatch)": run.accuracy(2)} if stage == 2 else {}
-    return run.finish(stage, evaluated, lines, teacher_acc=teacher_acc, stage1_acc=acc1)
+    pool = predict(evaluated, train, run.autocast), labeled, zero_shot, data.train, data.classes
+    write_review(run.folder / "review.csv", *pool)
+    names = {1: "stage 1 (pseudo-supervision)", 2: "stage 2 (ZeroMatch)"}
+    lines = {"teacher (zero-shot)": teacher_acc} | {names[k]: run.accuracy(k) for k in run.history}
+    return run.finish(evaluated, test, lines, teacher_acc=teacher_acc, stage1_acc=run.accuracy(1))
 
 
 if __name__ == "__main__":

@@ -50,17 +50,19 @@ import common
 import kd_fixmatch
 import pseudolabel
 import zeromatch
+from runs import write_labels
 from speed import speed
 
 REFERENCE, AGREEMENT = "ZeroMatch", "ZeroMatch, agreement"
 PRIOR_TEACHER, PRIOR_FILE = "ZeroMatch, prior teacher", "ZeroMatch, prior FILE"
 BOTH = f"{AGREEMENT}, prior teacher"
+FEATURE, BY_MASK = "pseudo-label as feature input", f"{AGREEMENT}, alpha by mask"
 Row = tuple[Any, dict[str, Any], str]  # script, its arguments, how it spends the budget
 Runs = list[dict[str, Any]]
 ROWS: dict[str, Row] = {
     "supervised only": (adamatch, {"supervised_only": True}, "one stage"),
     "pseudo-supervision": (zeromatch, {"stages": "1"}, "stage 1 alone"),
-    "pseudo-label as feature input": (adamatch, {"feature_input": True}, "one stage"),
+    FEATURE: (adamatch, {"feature_input": True}, "one stage"),
     "FixMatch": (kd_fixmatch, {"outer_only": True}, "one stage"),
     "AdaMatch": (adamatch, {}, "one stage"),
     "AdaMatch, paper": (adamatch, {"variant": "paper"}, "one stage"),
@@ -74,6 +76,12 @@ EXTENSIONS: dict[str, Row] = {  # beyond the papers; FILE: the pool's true share
     PRIOR_FILE: (zeromatch, {"prior": "FILE"}, "two stages"),
     BOTH: (zeromatch, {"agreement": True, "prior": "teacher"}, "two stages"),
 }
+ABLATIONS: dict[str, Row] = {  # ZeroMatch without one of its parts
+    "no warm-up": (zeromatch, {"stages": "2"}, "stage 2 alone"),
+    "lambda_p 0": (zeromatch, {"lambda_p": 0.0}, "two stages"),
+    "no annealing": (zeromatch, {"anneal": "none"}, "two stages"),
+}
+ALL = ROWS | EXTENSIONS | ABLATIONS
 
 
 def steps_of(kind: str, stage1: int, stage2: int) -> dict[str, int]:
@@ -82,6 +90,7 @@ def steps_of(kind: str, stage1: int, stage2: int) -> dict[str, int]:
     return {
         "one stage": {"num_steps": total},
         "stage 1 alone": {"num_steps": stage2, "num_steps_stage1": total},
+        "stage 2 alone": {"num_steps": total, "num_steps_stage1": stage1},
         "halves": {"num_steps": total // 2},
         "two stages": {"num_steps": stage2, "num_steps_stage1": stage1},
     }[kind]
@@ -92,7 +101,7 @@ def run_row(
 ) -> dict[str, Any]:
     """One training run, silent, on one thread; returns its result and its metrics."""
     torch.set_num_threads(1)
-    script, own, kind = (ROWS | EXTENSIONS)[row]
+    script, own, kind = ALL[row]
     known = {name: value for name, value in shared.items() if hasattr(script.Args, name)}
     own = {name: shared["shares"] if value == "FILE" else value for name, value in own.items()}
     ratio = shared.get("imbalance", 1)
@@ -143,7 +152,7 @@ def accuracy_as_in(pool: common.Split, test: common.Split, student: Path, datase
     network, config = common.load_student(student)
     preset = common.preset_of(dataset, config["backbone"])
     views = common.make_views(test, preset, config["backbone"], torch.device("cpu"))
-    right = common.predict(network, views).argmax(dim=1).numpy() == test.y
+    right = common.predict(network, views)[0].argmax(dim=1).numpy() == test.y
     shares = np.bincount(pool.y) / len(pool)
     return 100 * float(sum(share * right[test.y == k].mean() for k, share in enumerate(shares)))
 
@@ -166,7 +175,7 @@ def table(runs: Runs, zero_shot: float | None) -> str:
     lines = [f"| {title} | median of last 20 | seconds |", "|---|---|---|---|---|"]
     if zero_shot is not None:
         lines.append(f"| zero-shot (the teacher itself) | {zero_shot:.1f} | | | |")
-    for row in (row for row in ROWS | EXTENSIONS if row in accs):
+    for row in (row for row in ALL if row in accs):
         reference = accs.get(REFERENCE, {})
         paired = [acc - reference[seed] for seed, acc in accs[row].items() if seed in reference]
         difference = "" if row == REFERENCE or not paired else f"{mean_of(paired, '+')}"
@@ -315,7 +324,7 @@ def finished_runs(
 
 def run_folder(path: Path, row: str, seed: int) -> Path:
     """A folder of its own for each run."""
-    return path.with_suffix("") / f"{list(ROWS | EXTENSIONS).index(row)}-{seed}"
+    return path.with_suffix("") / f"{list(ALL).index(row)}-{seed}"
 
 
 def compare(
@@ -329,7 +338,7 @@ def compare(
     """Run every row on every seed, print the Markdown table, keep all rows as JSON.
 
     Args:
-        rows: Names of ROWS and EXTENSIONS to run (but for "prior FILE", see `imbalance`).
+        rows: Names of ROWS, EXTENSIONS, ABLATIONS to run (but for "prior FILE", see `imbalance`).
         num_steps: Updates of ZeroMatch's stage 2; stage 1 is scaled with it. Unset: the preset's.
         eval_every: Steps from one evaluation to the next; unset: scaled with num_steps.
         pseudolabels: Teacher's labels of the training part; unset: found or made.
@@ -401,7 +410,7 @@ def teach(dataset: str, chosen: Teachers, seed: int, data_dir: str) -> None:
             path = Path(data_dir) / "labels" / f"{dataset}-{split}-{name}.jsonl"
             said = f"{kind} on the {seen} of {size} pictures"
             header = pseudolabel.header_of(data, split, name, said)
-            pseudolabel.write_labels(path, header, probs)
+            write_labels(path, header, probs)
             right = 100 * (probs.argmax(axis=1) == data.part(split).y).mean()
             print(f"{path}: {right:.2f} % right")
 
@@ -513,7 +522,7 @@ def thin_files(
     y_zs, _ = pseudolabel.read_labels(labels("train"), data, "train")
     path, source = labels(f"train-{ratio:g}"), Path(labels("train")).stem
     header = pseudolabel.header_of(thin, "train", source, f"as there, thinned by {ratio:g}")
-    pseudolabel.write_labels(Path(path), header, np.eye(len(data.classes))[y_zs[kept]])
+    write_labels(Path(path), header, np.eye(len(data.classes))[y_zs[kept]])
     sizes = dict(zip(data.classes, np.bincount(thin.train.y).tolist(), strict=True))
     common.write_atomically(Path(shares), json.dumps(sizes).encode())
     return {"pseudolabels": path, "shares": shares}
@@ -521,11 +530,17 @@ def thin_files(
 
 def with_interval(differences: np.ndarray) -> str:
     """Mean of paired differences [seeds] with Student's 95 % interval: +1.2 (+0.4 to +2.0)."""
+    mean, half = interval(differences)
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """(mean, half of Student's 95 % interval); half of a single one is infinite."""
     from scipy import stats
 
-    half = stats.t.ppf(0.975, len(differences) - 1) * spread(differences) / len(differences) ** 0.5
-    mean = differences.mean()
-    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+    n = len(differences)
+    half = stats.t.ppf(0.975, n - 1) * spread(differences) / n**0.5 if n > 1 else np.inf
+    return float(differences.mean()), float(half)
 
 
 def accuracies(runs: Runs) -> dict[str, dict[int, float]]:
@@ -553,10 +568,13 @@ MINILM = {"lr": 1e-4, "batch_size": 4, "size": 64, "amp": "bf16", "eval_every": 
 CELLS = {
     "digits, 10": Cell("digits", 10, 400, 800, {}),
     "digits, 40": Cell("digits", 40, 400, 800, {}),
+    "Fashion-MNIST, 40": Cell("fashion_mnist", 40, 300, 700, {"amp": "bf16", "eval_every": 700}),
+    "Fashion-MNIST, 100": Cell("fashion_mnist", 100, 300, 700, {"amp": "bf16", "eval_every": 700}),
     "CIFAR-10, 40": Cell("cifar10", 40, 1000, 2000, {"backbone": "cnn", "eval_every": 500}),
     "CIFAR-10, 250": Cell("cifar10", 250, 1000, 2000, {"backbone": "cnn", "eval_every": 500}),
     "AG News, 40": Cell("ag_news", 40, 150, 300, MINILM | {"teacher": "described"}),
     "AG News, 40, poor teacher": Cell("ag_news", 40, 150, 300, MINILM | {"teacher": "names"}),
+    "AG News, 40, two-word teacher": Cell("ag_news", 40, 150, 300, MINILM | {"teacher": "start"}),
 }
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -591,7 +609,7 @@ def cifar10_labels(folder: str, data_dir: str) -> list[str]:
         if not Path(paths[-1]).exists():
             header = pseudolabel.header_of(data, part, "import", "cifar10_teacher.npz")
             probs = np.load(Path(folder) / "cifar10_teacher.npz")[f"{part}_p"].astype(np.float32)
-            pseudolabel.write_labels(Path(paths[-1]), header, probs.clip(0, 1))
+            write_labels(Path(paths[-1]), header, probs.clip(0, 1))
     return paths
 
 
@@ -601,12 +619,16 @@ DESCRIPTIONS = {  # of AG News' classes
     "technology": "science, technology, computers, software, internet, space, research, Microsoft",
     "world": "world news, politics, government, war, election, president, military, minister",
 }
+TEACHER_NAMES = {
+    "described": "classes described", "names": "class names", "start": "class names, two words",
+}  # fmt: skip
 
 
 def ag_news(folder: str, data_dir: str, teacher: str) -> dict[str, str]:
     """Arguments for AG News from FOLDER/ag_news_train.csv and ag_news_test.csv: files, student's
-    encoder (MiniLM), label files. The teacher compares means of wordllama's word vectors of a text
-    and of DESCRIPTIONS, or of the class names alone (teacher "names")."""
+    encoder (MiniLM), label files. The teacher compares the mean of wordllama's word vectors of a
+    text with that of each class of DESCRIPTIONS (teacher "described") or with each class name
+    ("names"); "start" does the latter with the first two words of a text."""
     import safetensors.numpy
     import tokenizers
 
@@ -630,12 +652,14 @@ def ag_news(folder: str, data_dir: str, teacher: str) -> dict[str, str]:
         means = np.stack([words[one.ids].astype(np.float32).mean(axis=0) for one in read])
         return means / np.linalg.norm(means, axis=1, keepdims=True)
 
-    spoken = [name if teacher == "names" else DESCRIPTIONS[name] for name in data.classes]
+    spoken = [DESCRIPTIONS[name] if teacher == "described" else name for name in data.classes]
+    seen = 2 if teacher == "start" else None  # words of a text
     for part, argument in (("train", "pseudolabels"), ("test", "pseudolabels_test")):
         given[argument] = f"{data_dir}/labels/ag_news-{part}-wordllama-{teacher}.jsonl"
-        cosine = torch.tensor(embed(data.part(part).x) @ embed(spoken).T)
+        texts = [" ".join(text.split()[:seen]) if seen else text for text in data.part(part).x]
+        cosine = torch.tensor(embed(texts) @ embed(spoken).T)
         header = pseudolabel.header_of(data, part, "wordllama", teacher)
-        pseudolabel.write_labels(Path(given[argument]), header, (20 * cosine).softmax(1).numpy())
+        write_labels(Path(given[argument]), header, (20 * cosine).softmax(1).numpy())
     return given | {"backbone": str(encoder)}
 
 
@@ -653,7 +677,7 @@ def real(
         folder: Holds what the cells need of cifar10_24k_jpeg.npz and cifar10_teacher.npz (format:
             cifar10_of, cifar10_labels), ag_news_train.csv and ag_news_test.csv (text, label).
         cells: Names of CELLS.
-        rows: Names of ROWS and EXTENSIONS.
+        rows: Names of ROWS, EXTENSIONS and ABLATIONS.
         results: The file of summaries.
     """
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse --short HEAD")
@@ -684,6 +708,11 @@ def shared_of(cell: Cell, folder: str, data_dir: str) -> dict[str, Any]:
     if cell.dataset == "cifar10":
         train, test = cifar10_labels(folder, data_dir)
         shared |= {"folder": folder, "pseudolabels": train, "pseudolabels_test": test}
+    if cell.dataset == "fashion_mnist":
+        at = f"{data_dir}/labels/fashion_mnist-{{}}-pixels.jsonl".format
+        shared |= {"pseudolabels": at("train"), "pseudolabels_test": at("test")}
+        if not Path(at("test")).exists():
+            pixel_teacher(data_dir=data_dir)
     if cell.dataset == "ag_news":
         shared |= ag_news(folder, data_dir, shared.pop("teacher"))
     return shared
@@ -713,9 +742,12 @@ TITLES = {  # of the rows in the tables; the README's columns are the first five
     "supervised only": "supervised on labels", "AdaMatch": "AdaMatch (usb)",
     "pseudo-supervision": "pseudo-supervision", REFERENCE: REFERENCE,
     AGREEMENT: f"{REFERENCE}, `--agreement`",
-    f"{AGREEMENT}, alpha by mask": "the same, alpha by mask (trial, not in the code)",
+    BY_MASK: "the same, alpha by mask (trial, not in the code)",
     "AdaMatch, paper": "AdaMatch (paper)",
     "FixMatch": "FixMatch", "KD-FixMatch (SCE 1.0, 0.1)": "KD-FixMatch (SCE)",
+    FEATURE: "AdaMatch, teacher's label as input",
+    "no warm-up": "ZeroMatch, no warm-up", "lambda_p 0": "ZeroMatch, lambda_p 0",
+    "no annealing": "ZeroMatch, no annealing",
 }  # fmt: skip
 
 
@@ -763,16 +795,23 @@ def gain_of(differences: list[float]) -> str:
     return f" {differences[0]:+.1f} " if differences else " "
 
 
+def with_labels(cell: str) -> str:
+    """A cell's name with the word labels after their number."""
+    return re.sub(r", (\d+)", r", \1 labels", cell)
+
+
 def cell_table(kept: dict[str, Any], cell: str) -> str:
     """A table of tests/RESULTS.md: every row of a cell, and its paired difference to ZeroMatch."""
     runs = summaries(kept, cell)
     accs = {row: {run["seed"]: run["test_acc"] for run in mine} for row, mine in runs.items()}
     heads = any("both_heads" in run for run in kept["runs"] if run["cell"] == cell)
     titles = ["n", "test accuracy", "minus ZeroMatch", "seconds", *["both heads gain"] * heads]
-    lines = [f"| {cell} labels | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+    lines = [f"| {with_labels(cell)} | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
     lines.append(f"| teacher alone | | {teacher_of(runs):.1f} {'| ' * (len(titles) - 2)}|")
     reference = accs.get(REFERENCE, {})
     for row, mine in runs.items():
+        if row in ABLATIONS:  # which have a table of their own
+            continue
         paired = [acc - reference[seed] for seed, acc in accs[row].items() if seed in reference]
         gain = gain_of(paired if row != REFERENCE else [])
         seconds = np.median([run["seconds"] for run in mine])
@@ -780,6 +819,88 @@ def cell_table(kept: dict[str, Any], cell: str) -> str:
         gains = [run["both_heads"] - run["test_acc"] for run in mine if "both_heads" in run]
         lines.append(line + f"{gain_of(gains)}|" * heads)
     return "\n".join(lines)
+
+
+Shown = tuple[str, str]  # row, which of its figures (test_acc, or both_heads of the same run)
+
+
+def paired(kept: dict[str, Any], cell: str, one: Shown, other: Shown) -> list[float]:
+    """Differences one minus other of a cell, seed by seed."""
+    of: list[dict[int, float]] = [
+        {r["seed"]: r[name] for r in kept["runs"]
+         if r["cell"] == cell and r["row"] == row and name in r}
+        for row, name in (one, other)
+    ]  # fmt: skip
+    return [acc - of[1][seed] for seed, acc in of[0].items() if seed in of[1]]
+
+
+# Differences to ZeroMatch in the paper (CIFAR-100, 100 labels), as far as they are known here
+PAPER = {FEATURE: -15.2, "AdaMatch": -16.6, "pseudo-supervision": -3.2}
+
+
+def ablation_table(kept: dict[str, Any]) -> str:
+    """Rows without a part of ZeroMatch: paired differences to it, and whether the signs agree."""
+    cells = {run["cell"]: None for run in kept["runs"] if run["row"] in ABLATIONS}  # in their order
+    titles = ["minus ZeroMatch", "paper", *(f"{with_labels(cell)} (n)" for cell in cells), "agree"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in (*ABLATIONS, *PAPER):
+        shown, agree = [], []
+        for cell in cells:
+            differences = paired(kept, cell, (row, "test_acc"), (REFERENCE, "test_acc"))
+            if differences:
+                shown.append(f"{gain_of(differences).strip()} ({len(differences)})")
+                mean, half = interval(np.array(differences))
+                agree.append("open" if abs(mean) < half else "yes" if mean < 0 else "no")
+            else:
+                shown.append("")
+        known = f"{PAPER[row]:+.1f}" if row in PAPER else "below 0"
+        cells_of = [TITLES[row].replace("ZeroMatch, ", ""), known, *shown, ", ".join(agree)]
+        lines.append(f"| {' | '.join(cells_of)} |")
+    return "\n".join(lines)
+
+
+def teachers_table(kept: dict[str, Any], start: str = "AG News, 40") -> str:
+    """ZeroMatch and AdaMatch with one set of texts and several teachers, cells START..."""
+    titles = ["teacher", "alone", "AdaMatch", "pseudo-supervision"]
+    titles += [title for row in (REFERENCE, AGREEMENT) for title in (TITLES[row], "minus AdaMatch")]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for cell in (cell for cell in kept["cells"] if cell.startswith(start)):
+        runs, line = summaries(kept, cell), [TEACHER_NAMES[CELLS[cell].more["teacher"]]]
+        line += [f"{teacher_of(runs):.1f}"]
+        for row in ("AdaMatch", "pseudo-supervision", REFERENCE, AGREEMENT):
+            mine = runs.get(row, [])
+            line.append(f"{accuracy_of(mine)} ({len(mine)})" if mine else "")
+            if row in (REFERENCE, AGREEMENT):
+                differences = paired(kept, cell, (row, "test_acc"), ("AdaMatch", "test_acc"))
+                line.append(gain_of(differences).strip())
+        lines.append(f"| {' | '.join(line)} |")
+    return "\n".join(lines)
+
+
+IDEAS: dict[str, tuple[Shown, Shown]] = {  # column: the figures whose difference it shows
+    "`--agreement` - ZeroMatch": ((AGREEMENT, "test_acc"), (REFERENCE, "test_acc")),
+    "alpha by mask - ZeroMatch": ((BY_MASK, "test_acc"), (REFERENCE, "test_acc")),
+    "alpha by mask - `--agreement`": ((BY_MASK, "test_acc"), (AGREEMENT, "test_acc")),
+    "both heads: ZeroMatch": ((REFERENCE, "both_heads"), (REFERENCE, "test_acc")),
+    "both heads: `--agreement`": ((AGREEMENT, "both_heads"), (AGREEMENT, "test_acc")),
+    "both heads: alpha by mask": ((BY_MASK, "both_heads"), (BY_MASK, "test_acc")),
+    "both ideas - `--agreement`": ((BY_MASK, "both_heads"), (AGREEMENT, "test_acc")),
+}
+
+
+def ideas_table(kept: dict[str, Any]) -> str:
+    """What --agreement and the two ideas that are not in the code gain: means of paired
+    differences of every cell that has them, and the mean over these cells."""
+    lines = [f"| cell (n) | {' | '.join(IDEAS)} |", "|---" * (1 + len(IDEAS)) + "|"]
+    found = {cell: [paired(kept, cell, *pair) for pair in IDEAS.values()] for cell in kept["cells"]}
+    found = {cell: columns for cell, columns in found.items() if columns[1]}
+    for cell, columns in found.items():
+        shown = (f"{np.mean(one):+.1f} ({len(one)})" if one else "" for one in columns)
+        lines.append(f"| {with_labels(cell)} | {' | '.join(shown)} |")
+    columns = zip(*found.values(), strict=True)
+    of = ([float(np.mean(one)) for one in column if one] for column in columns)
+    means = (f"{np.mean(mine):+.1f}" if mine else "" for mine in of)
+    return "\n".join([*lines, f"| mean of the cells | {' | '.join(means)} |"])
 
 
 def tables(results: str = str(RESULTS)) -> None:
@@ -792,6 +913,8 @@ def tables(results: str = str(RESULTS)) -> None:
     print(readme_table(kept))
     for cell in kept["cells"]:
         print(f"\n{cell_table(kept, cell)}")
+    for table_of in (ablation_table, teachers_table, ideas_table, pays_table):
+        print(f"\n{table_of(kept)}")
 
 
 def pays_points(kept: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -805,6 +928,29 @@ def pays_points(kept: dict[str, Any]) -> dict[str, dict[str, float]]:
             means = (float(np.mean([accs[seed] for seed in seeds])) for accs in of)
             points[cell] = {"teacher": teacher_of(runs)} | dict(zip(rows, means, strict=True))
     return points
+
+
+GROUPS = ((-99, -25), (-25, 7), (7, 99))  # teacher minus AdaMatch; set after seeing the cells
+
+
+def pays_table(kept: dict[str, Any]) -> str:
+    """Gains over the better of teacher and AdaMatch, by what the teacher leads AdaMatch by."""
+    titles = ["teacher minus AdaMatch", "cells"]
+    titles += ["ZeroMatch gains (mean; range)", "above 0", "`--agreement` gains", "above 0"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    points = [(p["teacher"] - p["AdaMatch"], p) for p in pays_points(kept).values()]
+    for low, high in GROUPS:
+        mine = [(gap, p) for gap, p in points if low < gap <= high]
+        if not mine:
+            continue
+        ends = [f(gap for gap, _ in mine) for f in (min, max)]
+        line = [f"{ends[0]:+.0f} to {ends[1]:+.0f}", str(len(mine))]
+        for row in (REFERENCE, AGREEMENT):
+            gains = np.array([p[row] - max(p["teacher"], p["AdaMatch"]) for _, p in mine])
+            line += [f"{gains.mean():+.1f} ({gains.min():+.1f} to {gains.max():+.1f})"]
+            line += [str((gains > 0).sum())]
+        lines.append(f"| {' | '.join(line)} |")
+    return "\n".join(lines)
 
 
 def pays(results: str = str(RESULTS), plot: str = "assets/pays.svg") -> None:

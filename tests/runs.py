@@ -9,13 +9,20 @@ import common
 import pseudolabel
 
 
+def write_labels(path, header, probs):
+    """A complete label file from probabilities [N, K]."""
+    lines = [header, *pseudolabel.rows_of(torch.arange(len(probs)), torch.as_tensor(probs))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def digits_labels(folder, seed=0):
     """Arguments that name label files of both parts of digits, from a useless teacher."""
     data, rng, paths = common.load_data("digits", "data"), np.random.RandomState(seed), {}
     for split, name in (("train", "pseudolabels"), ("test", "pseudolabels_test")):
         probs = rng.dirichlet(np.ones(10), len(data.part(split)))
         header = pseudolabel.header_of(data, split, "made up", "none")
-        pseudolabel.write_labels(folder / f"{split}.jsonl", header, probs)
+        write_labels(folder / f"{split}.jsonl", header, probs)
         paths[name] = str(folder / f"{split}.jsonl")
     return paths
 

@@ -10,6 +10,7 @@ import test_images
 import torch
 import torch.nn.functional as F
 import transformers
+from runs import write_labels
 from safetensors.torch import save_file
 from test_images import url_of, web  # noqa: F401  (a fixture)
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torchvision.ops import StochasticDepth
 import common
 import zeromatch
 from common import UserError, load_weights, optimizer_of
-from pseudolabel import header_of, write_labels
+from pseudolabel import header_of
 
 VITS = [("vit_small_patch2_32", 32, 2), ("vit_small_patch16_224", 224, 16)]
 

@@ -16,10 +16,11 @@ import pytest
     ("halves", lambda steps: 2 * steps["num_steps"]),
     ("stage 1 alone", lambda steps: steps["num_steps_stage1"]),
     ("two stages", lambda steps: steps["num_steps_stage1"] + steps["num_steps"]),
+    ("stage 2 alone", lambda steps: steps["num_steps"]),
 ])  # fmt: skip
 def test_every_row_has_the_same_number_of_updates(kind, spent):
     assert spent(b.steps_of(kind, stage1=400, stage2=800)) == 1200
-    assert kind in {row[2] for row in b.ROWS.values()}
+    assert kind in {row[2] for row in b.ALL.values()}
 
 
 def made(row, seed, acc, **more):
@@ -76,7 +77,7 @@ def test_finished_runs_are_kept_and_those_of_another_teacher_apart(tmp_path, mon
     assert len(finished("b.json", both[:1], (0,))) == 1 and len(started) == 7
     finished("a.json", both[:1], (0,), 700)
     assert len(started) == 8  # with other numbers of steps it is another run
-    rows = b.ROWS | b.EXTENSIONS
+    rows = b.ALL
     folders = {b.run_folder(tmp_path / "a.json", row, seed) for row in rows for seed in (0, 1)}
     assert len(folders) == 2 * len(rows)
 
@@ -139,7 +140,7 @@ def test_teachers_are_weak_and_strong_and_a_thinned_pool_trains_with_their_label
     # in a pool of three examples of one class and one of another, the one's recall weighs thrice
     student, _ = b.common.load_student(folder / "student")
     views = b.common.Views(data.test, b.common.PRESETS["digits"], b.torch.device("cpu"))
-    answers = b.common.predict(student, views).argmax(dim=1).numpy()
+    answers = b.common.predict(student, views)[0].argmax(dim=1).numpy()
     recalls = np.array([(answers == k)[data.test.y == k].mean() for k in range(10)])
     high, low = recalls.argmax(), recalls.argmin()
     assert recalls[high] > recalls[low] + 0.05  # else the weights would not show
@@ -167,6 +168,9 @@ def test_the_tables_of_results_are_those_of_the_kept_runs(capsys):
     assert b.readme_table(KEPT) in printed
     for cell in KEPT["cells"]:
         assert b.cell_table(KEPT, cell) in written, f"print it with: benchmark.py tables ({cell})"
+    for table_of in (b.ablation_table, b.teachers_table, b.ideas_table, b.pays_table):
+        table = table_of(KEPT)
+        assert table in printed and table in written, table_of.__name__
 
 
 def test_the_kept_runs_are_compact_and_complete():
@@ -200,6 +204,47 @@ def test_tables_of_kept_runs_pair_by_seed():
     assert lines[4] == "| ZeroMatch | 3 | 86.0 ± 4.6 | | 9 |"
     row = b.readme_table(kept).splitlines()[-1]
     assert row == "| digits, 10 (2 to 3) | 60.0 | | 82.0 ± 2.8 | | 86.0 ± 4.6 | |"
+
+
+def test_signs_of_ablations_agree_disagree_or_stay_open():
+    kept = kept_of({
+        "ZeroMatch": [80.0, 90.0], "no warm-up": [70.0, 79.9], "lambda_p 0": [85.0, 95.1],
+        "no annealing": [80.0, 91.0], "AdaMatch": [75.0],
+    })  # fmt: skip
+    lines = b.ablation_table(kept).splitlines()
+    assert lines[0] == "| minus ZeroMatch | paper | digits, 10 labels (n) | agree |"
+    assert lines[2] == "| no warm-up | below 0 | -10.0 (-10.7 to -9.4) (2) | yes |"
+    assert [line.split(" | ")[-1] for line in lines[3:5]] == ["no |", "open |"]
+    assert lines[6] == "| AdaMatch (usb) | -16.6 | -5.0 (1) | open |"
+    assert "no warm-up" not in b.cell_table(kept, "digits, 10")
+
+
+def test_gains_of_ideas_pair_by_seed_and_average_over_cells():
+    kept = kept_of({"ZeroMatch": [80.0, 90.0], b.AGREEMENT: [81.0], b.BY_MASK: [83.0, 91.0]})
+    kept["runs"][2]["both_heads"] = 81.5  # agreement
+    lines = b.ideas_table(kept).splitlines()
+    assert lines[2] == "| digits, 10 labels | +1.0 (1) | +2.0 (2) | +2.0 (1) |  | +0.5 (1) |  |  |"
+    assert lines[3] == "| mean of the cells | +1.0 | +2.0 | +2.0 |  | +0.5 |  |  |"
+
+
+def test_groups_of_cells_by_what_the_teacher_leads_by():
+    rows = ("teacher", "AdaMatch", "ZeroMatch", b.AGREEMENT)
+    points = {"a": (60.0, 90.0, 89.0, 91.0), "b": (70.0, 71.0, 73.0, 70.0)}
+    pays = {name: dict(zip(rows, values, strict=True)) for name, values in points.items()}
+    lines = b.pays_table({"pays": pays, "cells": {}, "runs": []}).splitlines()
+    ends = ["-1.0 (-1.0 to -1.0) | 0 | +1.0 (+1.0 to +1.0) | 1 |"]
+    ends += ["+2.0 (+2.0 to +2.0) | 1 | -1.0 (-1.0 to -1.0) | 0 |"]
+    assert lines[2:] == [f"| -30 to -30 | 1 | {ends[0]}", f"| -1 to -1 | 1 | {ends[1]}"]
+
+
+def test_a_table_of_teachers_shows_what_zeromatch_gains_over_adamatch():
+    kept = kept_of({"AdaMatch": [80.0, 84.0], "ZeroMatch": [81.0, 87.0]})
+    for run in kept["runs"]:
+        run["cell"] = "AG News, 40"
+    kept["cells"] = {"AG News, 40": b.settings_of("AG News, 40")}
+    row = b.teachers_table(kept).splitlines()[2]
+    expected = "| classes described | 60.0 | 82.0 ± 2.8 (2) |  | 84.0 ± 4.2 (2) | "
+    assert row.startswith(f"{expected}+2.0 (-10.7 to +14.7) |")
 
 
 def test_a_kept_run_is_not_repeated_and_other_settings_are_refused(tmp_path, monkeypatch, capsys):

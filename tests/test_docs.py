@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from runs import write_labels
 
 import common
 import pseudolabel
@@ -118,7 +119,7 @@ def labels(tmp_path_factory) -> str:
     data = common.load_data("digits", "data")
     path = tmp_path_factory.mktemp("labels") / "made-up.jsonl"
     header = pseudolabel.header_of(data, "train", "made up", "")
-    pseudolabel.write_labels(path, header, np.eye(10)[data.train.y * 0])
+    write_labels(path, header, np.eye(10)[data.train.y * 0])
     return str(path)
 
 

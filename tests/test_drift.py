@@ -15,9 +15,9 @@ SCRIPTS = [zeromatch, adamatch, kd_fixmatch]
 OWN = {"main", "forward"}  # same name, another job
 METHOD_DEFAULTS = {"tau"}  # the field's default may differ between methods
 SAME_WORDS = (
-    "dataset test_file num_labels seed data_dir runs_dir resume device amp compile log_every "
-    "tensorboard eval_every backbone weights batch_size optimizer lr weight_decay layer_decay "
-    "ema_decay lambda_u"
+    "dataset test_file text_column label_column num_labels seed data_dir runs_dir resume device "
+    "amp compile log_every tensorboard eval_every backbone weights batch_size optimizer lr "
+    "weight_decay layer_decay ema_decay lambda_u"
 ).split()
 each_script = pytest.mark.parametrize("module", SCRIPTS, ids=lambda m: m.__name__)
 PAIRS = list(combinations(SCRIPTS, 2))
@@ -38,14 +38,16 @@ def test_functions_of_the_same_name_are_the_same_text(a, b):
 
 
 def described_fields(module):
-    """{field: the docstring under it} of Args."""
-    tree = ast.parse(inspect.getsource(module))
+    """{field: its help: the comment beside it, or the docstring under it} of Args."""
+    tree, lines = ast.parse(inspect.getsource(module)), inspect.getsource(module).splitlines()
     (args,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args"]
-    return {
-        node.target.id: following.value.value
-        for node, following in zip(args.body, args.body[1:] + [ast.Pass()], strict=True)
-        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr)
-    }
+    found = {}
+    for node, following in zip(args.body, args.body[1:] + [ast.Pass()], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            _, _, comment = lines[node.end_lineno - 1].partition("  # ")
+            under = following.value.value if isinstance(following, ast.Expr) else ""
+            found |= {node.target.id: comment or under} if comment or under else {}
+    return found
 
 
 @each_script

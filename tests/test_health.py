@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import types
 
@@ -13,6 +14,7 @@ import common
 
 CLASSES = ["cat", "dog", "cow"]
 STUDENT = types.SimpleNamespace(config={})
+TWO = types.SimpleNamespace(y=torch.tensor([0, 1]))  # views of a cat and a dog
 
 
 def new_run(folder, y=(0, 0, 1, 2, -1, -1), zero_shot=(0, 1, 1, 2, -1, 1), **args):
@@ -36,11 +38,11 @@ def run(tmp_path):
 def one_evaluation(monkeypatch):
     """Half of two examples are right, whatever the network."""
     said = torch.tensor([[1.0, 0, 0], [1, 0, 0]])
-    monkeypatch.setattr(common, "predict", lambda *given: said)
+    monkeypatch.setattr(common, "predict", lambda *given: (said, None))
 
 
 def evaluate(run, step):
-    run.evaluate(2, step, step + 1, None, types.SimpleNamespace(y=torch.tensor([0, 1])))
+    run.evaluate(2, step, step + 1, None, TWO)
     return rows_of(run)[-1]
 
 
@@ -67,18 +69,16 @@ def test_what_is_no_test_accuracy_is_not_called_one(run, monkeypatch):
     assert row["train/labeled_acc"] == 50 and "test/acc" not in row
     monkeypatch.setattr(common, "save_student", lambda *given: None)
     run.args |= {"dataset": "pets", "backbone": "cnn"}
-    result = run.finish(2, STUDENT, {"any": 50.0})
+    result = run.finish(STUDENT, TWO, {"any": 50.0})
     assert result["labeled_acc"] == result["labeled_acc_median20"] == 50
     assert result["measured"] == "labeled_acc" and "test_acc" not in result
 
 
 @pytest.mark.parametrize("restarted", [False, True])
-def test_the_end_names_classes_that_vanished_and_what_to_do_next(
+def test_the_end_reports_every_class_and_says_what_to_do_next(
     run, tmp_path, monkeypatch, capsys, restarted
 ):
     evaluate(run, 9)
-    out = capsys.readouterr().out
-    assert "never predicted: dog (1 labels)\n" in out and "cat (" not in out
     if restarted:  # after the last step, before the result was written
         run.save(2, 9, 10, {})
         run.metrics.close()
@@ -86,9 +86,29 @@ def test_the_end_names_classes_that_vanished_and_what_to_do_next(
     monkeypatch.setattr(common, "save_student", lambda *given: None)
     run.args |= {"dataset": "pets", "backbone": "cnn"}
     capsys.readouterr()
-    run.finish(2, STUDENT, {"teacher": None, "stage 1": 62.0, "stage 2": 50})
+    result = run.finish(STUDENT, TWO, {"teacher": None, "stage 1": 62.0, "stage 2": 50})
     out = capsys.readouterr().out
     assert f"--student {run.folder}/student" in out
+    report = (run.folder / "report.txt").read_text()
+    assert report in out and "[[1 0 0]\n [1 0 0]\n [0 0 0]]" in report
+    assert re.search(r"cat +0\.50 +1\.00", report) and re.search(r"dog +0\.00 +0\.00", report)
+    assert result["by_class"]["cat"]["recall"] == 1 and result["by_class"]["dog"]["recall"] == 0
+    assert result["by_class"]["cow"]["support"] == 0
+
+
+def test_the_calibration_error_is_that_of_ten_bins(run, monkeypatch):
+    """sum over bins of |right - confidence|, in percent of the examples; confidence 1 included."""
+    sure, right = [1.0, 0.95, 0.92, 0.55, 0.51, 0.34], [1, 0, 1, 1, 0, 1]
+    probs = torch.tensor([[p, (1 - p) / 2, (1 - p) / 2] for p in sure])
+    monkeypatch.setattr(common, "predict", lambda *given: (probs, None))
+    monkeypatch.setattr(common, "save_student", lambda *given: None)
+    run.args |= {"dataset": "pets", "backbone": "cnn"}
+    y = torch.tensor([0 if one else 1 for one in right])
+    run.history = {1: [50.0]}
+    result = run.finish(STUDENT, types.SimpleNamespace(y=y), {})
+    bins = [1 - 1.0], [0 - 0.95, 1 - 0.92], [1 - 0.55, 0 - 0.51], [1 - 0.34]
+    expected = 100 * sum(abs(sum(gaps)) for gaps in bins) / 6
+    assert result["calibration_error"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_checkpoint_right_after_a_restart_remembers_where_metrics_end(run, tmp_path):
@@ -179,18 +199,6 @@ def test_a_run_that_an_older_version_began_is_continued(run, tmp_path):
     again = new_run(tmp_path, resume=str(run.folder))
     env = json.loads((again.folder / "env.json").read_text())
     assert env["command"] == [] and len(env["resumed"]) == 1 and env["data"]
-
-
-def test_only_paths_become_absolute_and_only_those_that_exist(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("sgd", "digits", "cnn", "mine", "1"):
-        (tmp_path / name).mkdir()
-    given = {"dataset": "digits", "backbone": "cnn", "optimizer": "sgd", "stages": "1"}
-    given |= {"weights": "mine", "data_dir": "data", "num_steps": None, "batch_size": None}
-    args = common.resolve(given, common.PRESETS["digits"])
-    kept = {name: args[name] for name in ("dataset", "backbone", "optimizer", "stages")}
-    assert kept == {name: given[name] for name in kept}
-    assert args["weights"] == str(tmp_path / "mine") and args["data_dir"] == str(tmp_path / "data")
 
 
 def test_two_signals_of_different_kinds_save_and_the_same_twice_stops(monkeypatch):

@@ -500,7 +500,6 @@ def test_without_a_test_folder_a_fifth_is_held_out_or_nothing(tmp_path, root):
 @pytest.mark.parametrize("backbone, size, stored, seen", [
     (None, None, 32, 32), ("cnn", None, 32, 32), ("wrn_28_2", 48, 48, 48),
     ("vit_small_patch2_32", None, 32, 32), ("vit_small_patch16_224", None, 256, 224),
-    ("a/hub-id", 384, 439, 384),
 ])  # fmt: skip
 def test_own_pictures_have_the_size_of_the_backbone_or_that_given(
     pets, root, backbone, size, stored, seen

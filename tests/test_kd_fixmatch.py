@@ -209,7 +209,7 @@ class Table(nn.Module):
         super().__init__()
         self.logits, self.features = torch.tensor(probs).log(), features
 
-    def forward(self, idx):
+    def forward(self, idx, extra):
         return self.logits[idx], None, self.features[idx]
 
 
@@ -217,7 +217,8 @@ class Pool:
     """In place of Views: the plain view of an example is its number."""
 
     def __init__(self, y):
-        self.y, self.batch = torch.tensor(y), 500
+        self.y, self.batch, self.order = torch.tensor(y), 500, torch.arange(len(y))
+        self.extra = torch.zeros(len(y), 0)
 
     def __len__(self):
         return len(self.y)
@@ -331,7 +332,7 @@ def test_a_run_reports_the_inner_network_the_outer_one_and_the_trusted_set(strai
     folder, result = straight
     written = json.loads((folder / "result.json").read_text())
     assert set(written) == {"test_acc", "test_acc_median20", "outer_acc", "seconds", "args",
-                            "trusted", "measured"}  # fmt: skip
+                            "trusted", "measured", "by_class", "calibration_error"}  # fmt: skip
     inner, outer = (column(folder, "test/acc", stage) for stage in (3, 1))
     assert len(inner) == len(outer) == 2
     assert result["test_acc"] == inner[-1] and result["outer_acc"] == outer[-1]

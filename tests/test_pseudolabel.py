@@ -19,6 +19,7 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from runs import write_labels
 
 import common
 import pseudolabel
@@ -61,7 +62,7 @@ def import_args(tmp_path, labels):
 def test_labels_written_are_labels_read(tmp_path):
     data, probs = image_data(), np.random.RandomState(1).dirichlet([1, 1, 1], 6)
     path = tmp_path / "a" / "b.jsonl"
-    pseudolabel.write_labels(path, pseudolabel.header_of(data, "train", "t", "m"), probs)
+    write_labels(path, pseudolabel.header_of(data, "train", "t", "m"), probs)
     labels, read = read_labels(path, data, "train")
     assert np.array_equal(labels, probs.argmax(axis=1)) and np.abs(read - probs).max() < 1e-5
 
@@ -701,7 +702,7 @@ def test_a_student_labels_new_data(tmp_path):
     result = pseudolabel.main(Args(**args))
     data = common.load_data("digits", "")
     views = common.make_views(data.test, preset, "cnn", torch.device("cpu"))
-    expected = common.predict(student, views)
+    expected, _ = common.predict(student, views)
     labels, probs = read_labels(result["path"], data, "test")
     assert np.abs(probs - expected.numpy()).max() < 1e-4
     assert np.array_equal(labels, expected.argmax(dim=1).numpy())
@@ -727,7 +728,7 @@ def test_a_student_of_texts_labels_new_texts(tmp_path):
     student, data = common.build_student(bert, preset, 5).eval(), text_data(texts)
     common.save_student(folder, student, config_of(bert, preset, CLASSES))
     views = common.make_views(data.train, preset, bert, torch.device("cpu"))
-    expected = common.predict(student, views).numpy()
+    expected = common.predict(student, views)[0].numpy()
     (tmp_path / "bert").rename(tmp_path / "moved")
     probs = labeled(data, tmp_path, teacher="student", student=str(folder))
     assert probs == pytest.approx(expected, abs=1e-4)
@@ -840,9 +841,10 @@ def text_student(tmp_path):
 
     def probs_of(texts):
         split = common.Split(np.array(texts, object), np.full(len(texts), -1))
-        return common.predict(student, common.make_views(split, preset, bert, torch.device("cpu")))
+        views = common.make_views(split, preset, bert, torch.device("cpu"))
+        return common.predict(student, views)[0].numpy()
 
-    return str(tmp_path / "s"), lambda texts: probs_of(texts).numpy()
+    return str(tmp_path / "s"), probs_of
 
 
 def answers_of(dataset, student, tmp_path):
@@ -937,7 +939,8 @@ def test_a_student_answers_all_pictures_of_a_folder_or_a_table(tmp_path, table):
     files = [str(folder / name) for name in names if "broken" not in name]
     part = common.Split(np.array(files, object), np.full(3, -1))
     part = common.decode(part, str(tmp_path / "x"), preset, "test")
-    expected = common.predict(student, common.make_views(part, preset, "cnn", torch.device("cpu")))
+    views = common.make_views(part, preset, "cnn", torch.device("cpu"))
+    expected, _ = common.predict(student, views)
     for name, probs in zip([*names[:2], names[3]], expected, strict=True):
         assert [float(p) for p in found[name][2:]] == pytest.approx(probs.tolist(), abs=1e-4)
 

@@ -66,7 +66,7 @@ class Views:
 
     def __init__(self, split, *_):
         self.x, self.y, self.batch = torch.from_numpy(split.x), torch.tensor(split.y), 50
-        self.extra = torch.zeros(len(self.y), 0)
+        self.extra, self.order = torch.zeros(len(self.y), 0), torch.arange(len(self.y))
 
     def __len__(self):
         return len(self.y)
@@ -86,6 +86,7 @@ class Run:
 
     def __init__(self, folder):
         self.folder, self.device, self.state, self.steps = folder, "cpu", {"stage": 0}, {}
+        self.history = {}
 
     def __call__(self, *_):  # in place of the class: the run of main
         return self
@@ -130,7 +131,7 @@ class Run:
     def accuracy(self, stage):
         return None
 
-    def finish(self, stage, evaluated, *_, **facts):
+    def finish(self, evaluated, *_, **facts):
         return evaluated
 
 

@@ -50,12 +50,13 @@ def straight(tmp_path_factory, labels):
 def test_a_run_leaves_everything_the_readme_names(straight):
     folder, result = straight
     for name in ("args.json", "env.json", "labeled_idx.txt", "metrics.jsonl", "checkpoint.pt",
-                 "result.json", "student/model.safetensors", "student/config.json"):  # fmt: skip
+                 "result.json", "report.txt", "review.csv", "student/model.safetensors",
+                 "student/config.json"):  # fmt: skip
         assert (folder / name).stat().st_size > 0, name
     written = json.loads((folder / "result.json").read_text())
     assert {name: value for name, value in written.items() if name != "args"} == result
     assert set(result) == {"test_acc", "test_acc_median20", "measured", "seconds", "teacher_acc",
-                           "stage1_acc"}  # fmt: skip
+                           "stage1_acc", "by_class", "calibration_error"}  # fmt: skip
     assert set(written["args"]) == set(vars(zeromatch.Args()))
     assert None not in [written["args"][k] for k in ("lr", "backbone", "num_steps", "ema_decay")]
     drawn = np.loadtxt(folder / "labeled_idx.txt", dtype=int)
@@ -81,7 +82,7 @@ def test_metrics_have_the_names_the_readme_gives_and_the_last_evaluation_is_repo
 def test_the_saved_student_predicts_what_the_result_says(straight):
     student, _ = common.load_student(straight[0] / "student")
     views = digits_views("test")
-    right = common.predict(student, views).argmax(dim=1) == views.y
+    right = common.predict(student, views)[0].argmax(dim=1) == views.y
     assert 100 * right.float().mean().item() == straight[1]["test_acc"]
     ema = checkpoint(straight[0])["ema"]
     assert torch.equal(student.head.weight, ema["module.head.weight"])

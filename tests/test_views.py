@@ -140,7 +140,7 @@ def strong_of(x, u, size, pad, flip):
 
 
 def test_the_strong_view_is_weak_view_operations_and_cutout_row_by_row():
-    x, u = natural_images(40, 3, 32, seed=3), draws(40, common.STRONG_DRAWS, seed=3)
+    x, u = natural_images(40, 3, 32, seed=3), draws(40, 12, seed=3)
     strong, weak = strong_of(x, u, 32, 4, 1), common.crop_and_flip(x, u[:, :3], 32, 4, 1)
     assert (strong != weak).flatten(1).any(dim=1).float().mean() > 0.95
     alone = [strong_of(x[i : i + 1], u[i : i + 1], 32, 4, 1) for i in range(40)]
@@ -157,7 +157,7 @@ def test_strong_views_of_images_without_border_show_a_random_part():
     x, idx = natural_images(8, 3, 28), torch.tensor([5, 2])
     views = Views(Split(x.numpy(), np.zeros(8, np.int64)), preset, CPU)
     common.seed_step(0, "stage", 5)
-    u, crop = common.uniform(2, common.STRONG_DRAWS), RandomResizedCrop(24)
+    u, crop = common.uniform(2, 12), RandomResizedCrop(24)
     crops = torch.stack([crop(x[5]), crop(x[2])])
     expected = views.normalized(strong_of(crops, u, 24, 0, 1))
     common.seed_step(0, "stage", 5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import column, digits_views, new_student, only_run
+from runs import column, digits_views, new_student, only_run, write_labels
 
 import common
 import pseudolabel
@@ -154,7 +154,7 @@ def test_the_first_logged_losses_are_what_the_equations_say(tmp_path, anneal, ag
     data, shares = common.load_data("digits", "data"), tmp_path / "shares.json"
     y_zs = np.random.RandomState(0).randint(0, 10, len(data.train))
     header = pseudolabel.header_of(data, "train", "made up", "none")
-    pseudolabel.write_labels(tmp_path / "labels.jsonl", header, np.eye(10)[y_zs])
+    write_labels(tmp_path / "labels.jsonl", header, np.eye(10)[y_zs])
     shares.write_text(json.dumps({str(k): k + 20 for k in range(10)}))
     zm.main(zm.Args(
         stages="2", num_steps=1, log_every=1, batch_size=8, uratio=4, anneal=anneal, lambda_p=0.5,
@@ -188,7 +188,7 @@ def test_the_teachers_accuracy_is_known_where_it_labels_the_test_part(tmp_path, 
         paths[at], y = tmp_path / f"{split}.jsonl", data.part(split).y.copy()
         y[: len(y) // 4] = (y[: len(y) // 4] + 1) % 10
         header = pseudolabel.header_of(data, split, "three in four", "none")
-        pseudolabel.write_labels(paths[at], header, np.eye(10)[y])
+        write_labels(paths[at], header, np.eye(10)[y])
     monkeypatch.setattr(zm, "default_labels", lambda *given: [p and str(p) for p in paths])
     result = zm.main(zm.Args(num_steps=1, runs_dir=str(tmp_path), data_dir=str(tmp_path)))
     assert result["teacher_acc"] == (75 if found else None) and 0 <= result["test_acc"] <= 100
