@@ -394,6 +394,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.probe:
         known = make_views(data.train.take(labeled), preset, args.backbone, device)
         result = {measured: probe(student, known, test, run), "measured": measured}
+        result["seconds"] = run.seconds()
         print(f"\n{measured} of the probe: {result[measured]:.2f} %")
         write_atomically(run.folder / "result.json", result | {"args": vars(args)})
         return result

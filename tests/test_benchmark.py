@@ -224,7 +224,7 @@ def test_gains_of_ideas_pair_by_seed_and_average_over_cells():
     kept["runs"][2]["both_heads"] = 81.5  # agreement
     lines = b.ideas_table(kept).splitlines()
     assert lines[2] == "| digits, 10 labels | +1.0 (1) | +2.0 (2) | +2.0 (1) |  | +0.5 (1) |  |  |"
-    assert lines[3] == "| mean of the cells | +1.0 | +2.0 | +2.0 |  | +0.5 |  |  |"
+    assert lines[3] == "| mean of a column | +1.0 | +2.0 | +2.0 |  | +0.5 |  |  |"
 
 
 def test_groups_of_cells_by_what_the_teacher_leads_by():
