@@ -119,7 +119,7 @@ class Args:
     supervised_only: bool = False  # baseline: labeled weak views alone
     probe: bool = False
     """Baseline in seconds: logistic regression on the encoder's features, which are not trained.
-    For pre-trained backbones; with --pseudolabels, the teacher's accuracy stands beside it."""
+    For pre-trained backbones. With --pseudolabels, it also prints the teacher's accuracy."""
     feature_input: bool = False
     """Baseline: the head also sees the teacher's one-hot label, in training and at test time."""
     tau: float | None = None  # relative threshold: times the mean confidence on labeled; see above
