@@ -196,6 +196,8 @@ def test_training_killed_at_ten_random_moments_ends_as_if_it_never_was(
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("script", PHASES)
 def test_after_a_signal_not_one_step_is_lost(start, straight, place, script, number):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("this signal is ignored here, as nohup does, and the scripts respect that")
     for stage, step in [(1, 7), (2, 20), (3, 17)] if script != "adamatch" else [(1, 7), (1, 17)]:
         if stage not in PHASES[script]:
             continue
