@@ -644,7 +644,7 @@ def decode(split: Split, store: str, preset: Preset, part: str, test_keys: Any =
 def decode_one(file: str, side: int, shape: tuple) -> tuple[bytes, str, str]:
     """(a picture [C, H, W] in bytes, hash of its full pixels, ""), or two empty ones and why."""
     try:
-        image = read_picture(file)
+        image = read_picture(str(file))
     except Exception as error:  # damaged files make Pillow raise errors of many kinds
         return b"", "", reason_of(error)
     fitted = functional.resize(image, [side] if shape[1] < side else [side, side])
@@ -1366,7 +1366,7 @@ class Run:
         gaps = torch.zeros(11).index_add(0, (10 * sure).long(), (label == y) * 1.0 - sure)
         of = {"labels": range(len(self.classes)), "target_names": self.classes, "zero_division": 0}
         table = confusion_matrix(y, label, labels=of["labels"])
-        report = f"{classification_report(y, label, **of)}\nconfusion, a row per class\n{table}\n"
+        report = f"{classification_report(y, label, **of)}\ntrue class (row), answer\n{table}\n"
         print(report)
         write_atomically(self.folder / "report.txt", report.encode())
         last20 = self.history[max(self.history)][-20:]

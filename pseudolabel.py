@@ -100,7 +100,7 @@ class Args:
     max_chars: int = 2000  # cuts texts; a local model may cut more; the options are never cut
     temperature: float = 0.05  # embedding: softmax over classes of cosine / temperature
     student: str | None = None  # student: folder from a training script, RUN/student
-    input: str | None = None  # import: file; a CSV has columns label (name, number, empty), index
+    input: str | None = None  # import: a CSV has columns label and text, file or index
     base_url: str = "https://api.openai.com/v1"  # chat; or, for example, http://localhost:8000/v1
     key_variable: str | None = None  # with the key; unset: OPENAI_API_KEY, for api.openai.com only
     header: str | None = None  # for the key, NAME=VARIABLE: api-key=AZURE_KEY; unset: Authorization
