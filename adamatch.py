@@ -90,7 +90,7 @@ class Args:
     num_labels: int | None = None  # equally many per class; 0: all; unset: the preset's
     size: int | None = None  # own pictures: side in pixels; own texts: most tokens per row
     seed: int = 0  # decides labeled examples, initial weights, batches and random views
-    pseudolabels: str | None = None  # --feature-input: teacher's labels; unset: found or made
+    pseudolabels: str | None = None  # --feature-input, --probe: the teacher's labels
     pseudolabels_test: str | None = None  # --feature-input: those of the test part
     data_dir: str = "data"  # where data sets and label files are kept
     runs_dir: str = "runs"  # where a folder for this run is made
@@ -353,8 +353,10 @@ def main(args: Args) -> dict[str, Any]:
     args = Args(**resolve(vars(args) | unset, preset))
     if args.variant not in ("usb", "paper"):
         raise UserError(f"--variant {args.variant}: from an older version; start a new run")
-    if (args.pseudolabels or args.pseudolabels_test) and not (args.feature_input or args.probe):
+    if args.pseudolabels and not (args.feature_input or args.probe):
         raise UserError("--pseudolabels: for --feature-input, --probe; AdaMatch has no teacher")
+    if args.pseudolabels_test and not args.feature_input:
+        raise UserError("--pseudolabels-test: for --feature-input alone")
     if args.supervised_only + args.feature_input + args.probe > 1:
         raise UserError("--supervised-only, --feature-input, --probe: take one")
     device, dtype = setup_device(args.device, args.amp, args.backbone)
