@@ -74,8 +74,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common import (
     LABELS, TEXTS, Run, UserError, Views, batch_at, build_student, cli, data_parallel, draw_labeled,
-    join, load_data, make_views, mean_over_processes, measured_part, optimizer_of, preset_of,
-    predict, pseudo_label_accuracy, resolve, seed_step, setup_device, uniform, write_atomically,
+    join, load_data, make_views, mean_over_processes, optimizer_of, predict, preset_of,
+    pseudo_label_accuracy, resolve, seed_step, setup_device, uniform, write_atomically,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------- arguments
@@ -99,11 +99,12 @@ class Args:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 on GPUs that have it
     compile: bool = False  # torch.compile the student: a slow first step, then faster on GPUs
     log_every: int = 20  # steps from one printed line to the next
-    tensorboard: bool = False  # also log to TensorBoard in the run folder; needs the package
+    track: str | None = None  # tensorboard, trackio or wandb: log there, too; needs the package
     eval_every: int | None = None  # steps from one evaluation and checkpoint to the next
     # model
     backbone: str | None = None  # a name in common.NAMES, or a model of transformers (id, folder)
     weights: str | None = None  # of the encoder: file, folder or none; unset: the published ones
+    freeze: bool = False  # train the heads alone; the encoder stays as it is, in eval mode
     # optimization; unset values are the preset's (common.PRESETS)
     num_steps: int | None = None  # updates; alone, it scales warm-up and --eval-every
     batch_size: int | None = None  # B: labeled examples a step
@@ -344,7 +345,7 @@ def probe(student: nn.Module, labeled: Views, test: Views, run: Run) -> float:
 # ---------------------------------------------------------------------------- main
 
 
-def main(args: Args) -> dict[str, Any]:
+def main(args: Args) -> dict:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
     columns = args.text_column, args.label_column
     preset = preset_of(args.dataset, args.backbone, args.size, columns)
@@ -368,7 +369,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.feature_input or args.pseudolabels:
         from pseudolabel import default_labels, read_labels  # only these baselines read labels
     if args.probe and args.pseudolabels:
-        teacher, _ = read_labels(args.pseudolabels, data, "train")
+        teacher, _ = read_labels(args.pseudolabels, data, "train", labeled)
     if args.feature_input:
         paths = args.pseudolabels, args.pseudolabels_test
         if paths == (None, None):
@@ -377,11 +378,10 @@ def main(args: Args) -> dict[str, Any]:
             raise UserError("--feature-input needs --pseudolabels and --pseudolabels-test")
         parts = zip(paths, ("train", "test"), strict=True)
         zero_shot = [torch.from_numpy(read_labels(path, data, part)[0]) for path, part in parts]
-    test_part, measured = measured_part(data)
 
     name = f"adamatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(name, vars(args), device, dtype)
-    run.describe(data, labeled, measured, teacher)
+    test_part = run.describe(data, labeled, teacher)
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
     train.y[labeled] = -1  # monitor pseudo-labels on hidden labels only
@@ -395,9 +395,9 @@ def main(args: Args) -> dict[str, Any]:
     student = build_student(args.backbone, preset, K, num_extra, args.weights, parts).to(device)
     if args.probe:
         known = make_views(data.train.take(labeled), preset, args.backbone, device)
-        result = {measured: probe(student, known, test, run), "measured": measured}
+        result = {run.measured: probe(student, known, test, run), "measured": run.measured}
         result["seconds"] = run.seconds()
-        print(f"\n{measured} of the probe: {result[measured]:.2f} %")
+        print(f"\n{run.measured} of the probe: {result[run.measured]:.2f} %")
         write_atomically(run.folder / "result.json", result | {"args": vars(args)})
         return result
     if args.compile:

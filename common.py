@@ -41,6 +41,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
+from importlib import import_module
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -124,8 +125,7 @@ PRESETS = {
     "fashion_mnist": Preset(**CNN, size=28, pad=3, mean=(0.286,), std=(0.353,), num_labels=100),
     "cifar10": Preset(**IMAGENET, num_labels=40),
     "cifar100": Preset(num_labels=100),
-    "svhn": Preset(  # C6
-        flip=0, mean=(0.438, 0.444, 0.473), std=(0.1751, 0.1771, 0.1744), num_labels=40),
+    "svhn": Preset(flip=0, mean=(0.438, 0.444, 0.473), std=(0.1751, 0.1771, 0.1744), num_labels=40),
     "eurosat": Preset(  # learning rates: USB
         flip=2, mean=(0.5,) * 3, std=(0.5,) * 3, lr=5e-5, layer_decay=1.0, num_labels=20),
     "stl10": FLOWERS102._replace(
@@ -140,14 +140,11 @@ PRESETS = {
     "yahoo_answers": AG_NEWS._replace(lr=1e-4, num_labels=250),
     "amazon_review": AG_NEWS._replace(lr=1e-5, layer_decay=0.75, num_labels=250),
 }  # fmt: skip
-SHORT = {  # own texts, photos
-    "num_steps_stage1": 1000, "num_steps": 2000, "warmup_steps": 100, "marginal_decay": 0.99,
-    "eval_every": 100,
-}  # fmt: skip
+SHORT = {"num_steps_stage1": 1000, "num_steps": 2000, "warmup_steps": 100, "eval_every": 100}
 OWN = {
-    "texts": AG_NEWS._replace(batch_size=8, uratio=2, **SHORT),
+    "texts": AG_NEWS._replace(batch_size=8, uratio=2, marginal_decay=0.99, **SHORT),
     "pictures": Preset(**CNN, **IMAGENET),
-    "photos": FLOWERS102._replace(**SHORT),
+    "photos": FLOWERS102._replace(marginal_decay=0.99, **SHORT),
 }
 
 
@@ -190,6 +187,7 @@ def resolve(given: dict, preset: Preset) -> dict:
     for name, least in (("num_steps_stage1", 1), ("warmup_steps", 0), ("eval_every", 10)):
         row[name] = max(least, round(row[name] * factor))
     args = {name: row.get(name) if value is None else value for name, value in given.items()}
+    args |= {"layer_decay": 0.0} if given.get("freeze") else {}  # 0: the encoder learns nothing
     ranges = {  # names: (lowest, highest)
         "num_steps num_steps_stage1 batch_size uratio log_every eval_every": (1, 2**32 - 1),
         "seed lr weight_decay lambda_u lambda_p sce_alpha sce_beta": (0, 2**32 - 1),
@@ -210,7 +208,6 @@ def resolve(given: dict, preset: Preset) -> dict:
 
 # ---------------------------------------------------------------------------- randomness, device
 # Under torchrun every process computes its rows of the same batch and repeats everything else.
-# Without it PROCESSES is 1 and nothing touches torch.distributed.
 
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, PROCESSES = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
@@ -355,13 +352,13 @@ class Data:
 
 
 @first_process_first()
-def load_data(
-    dataset: str, data_dir: str, test_file: str | None = None, preset: Preset | None = None
-) -> Data:
+def load_data(dataset: str, data_dir: str, test_file=None, preset: Any = None) -> Data:
     """A published data set (downloaded into `data_dir` if needed) or own pictures or texts."""
     preset = preset or preset_of(dataset, "a teacher")  # large pictures
     if dataset not in PRESETS and (not test_file or Path(dataset).is_file()):
         return load_own(dataset, test_file, data_dir, preset)
+    if Path(dataset).is_dir():
+        print(f"--dataset {dataset} is the published set; for your folder, write ./{dataset}")
     if test_file:
         raise UserError(f"--test-file goes with a file of texts; {dataset} has its own test part")
     if dataset == "digits":  # scikit-learn's 1,797, 8 x 8; a fixed 500 are for test
@@ -371,9 +368,8 @@ def load_data(
         x = np.rint(x * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
         whole, order = Split(x, y), RandomState(0).permutation(len(x))
         return Data(dataset, list("0123456789"), whole.take(order[500:]), whole.take(order[:500]))
-    load, where = load_images, Path(data_dir)
-    if dataset in TEXT_SETS:
-        load, where = load_text_set, where / dataset
+    load = load_text_set if dataset in TEXT_SETS else load_images
+    where = Path(data_dir, dataset if dataset in TEXT_SETS else "")
     advice = f"check the network, or put its files into {where} (delete damaged ones)"
     with explained(f"{dataset} could not be downloaded or read", advice):
         return load(dataset, where, preset)
@@ -461,7 +457,7 @@ def load_text_set(name: str, folder: Path, preset: Preset) -> Data:
     if (folder / "train.json").exists():
         train, test = (read_own(f"{folder}/{part}.json", part) for part in ("train", "test"))
         for split in (train, test):
-            split.y = np.array([*map([*map(str, range(len(classes)))].index, split.y)])
+            split.y = split.y.astype(np.int64)
         return Data(name, classes, train, test.take(~among(test.x, train.x)))  # T3
     if not file.exists():
         os.makedirs(folder, exist_ok=True)
@@ -514,20 +510,25 @@ def read_table(path: str | Path, part: str = "train") -> list[dict]:
 
 
 def column_of(rows: list[dict], names: str) -> Any:
-    """The column with the first of the `names` that exists, in any case."""
-    known = {str(name).strip().casefold(): name for row in rows for name in row}
-    names = names.casefold().split(",")
-    if rows and not known.keys() & set(names):
-        found = f"found columns {', '.join(known)}; expected {' or '.join(names)}"
-        raise UserError(f"{found}; set --text-column, --label-column")
-    return next((known[name] for name in names if name in known), None)
+    """The column with the first of the `names` that exists, in any case; None without rows."""
+    known = {text_in(name).casefold(): name for row in rows for name in row}
+    if found := [known[name] for name in names.casefold().split(",") if name in known]:
+        return found[0]
+    if rows:
+        raise UserError(f"found columns {', '.join(map(text_in, known.values()))}; "
+                        f"expected {names}; set --text-column, --label-column")  # fmt: skip
+
+
+def text_in(cell: Any) -> str:
+    """The text in a cell, "" if it is missing; JSON may hold halves of characters, made "?"."""
+    return ("" if cell is None else str(cell)).encode("utf-8", "replace").decode().strip()
 
 
 def label_in(cell: Any, where: str) -> str:
     """The class name in a cell: in NFC, numbers like 1.0 as 1, "" if it is missing."""
     if isinstance(cell, list | dict | bool):
         raise UserError(f"{where}: {cell} is no label; expected a text or a number")
-    name = unicodedata.normalize("NFC", "" if cell is None else str(cell)).strip()
+    name = unicodedata.normalize("NFC", text_in(cell))
     name = re.sub(r"^([-+]?\d+)\.0*$", r"\1", name)  # pandas writes numbers with gaps so
     return "" if name.casefold() in MISSING else name
 
@@ -540,16 +541,14 @@ def read_own(path: str, part: str, columns: tuple = (TEXTS, LABELS)) -> Split:
     y = [row.get(label) for row in rows]
     if not Path(path).is_dir():  # its folders' names are classes as they are
         y = [label_in(cell, f"{path}, row {i}") for i, cell in enumerate(y, 1)]
-    cells = [[row.get(name) for name in (text, "aug_0", "aug_1")] for row in rows]
-    table = [["" if cell is None else str(cell).strip() for cell in row] for row in cells]
-    table = [[cell.encode("utf-8", "replace").decode() for cell in row] for row in table]
     if all(map(NUMBER.fullmatch, filter(None, y))):
         y = ["" if name == "-1" else name for name in y]
+    table = [[text_in(row.get(name)) for name in (text, "aug_0", "aug_1")] for row in rows]
     table, y = np.array(table, object).reshape(-1, 3), np.array(y, object)
-    if empty := (table[:, 0] == "").sum():
-        print(f"{path}: left out {empty} rows without text")
-    y, table = y[table[:, 0] != ""], table[table[:, 0] != ""]
-    x, aug, folder = table[:, 0], table[:, 1:], Path(path).absolute().parent
+    full, folder = table[:, 0] != "", Path(path).absolute().parent
+    if not full.all():
+        print(f"{path}: left out {(~full).sum()} rows without text")
+    x, aug, y = table[full, 0], table[full, 1:], y[full]
     if str(text).casefold() in ("image", "file"):
         x = np.array([str(folder / file) for file in x], object)
         return Split(x, y, files=x)
@@ -586,16 +585,22 @@ def load_own(dataset: str, test_file: str | None, data_dir: str, preset: Preset)
     for split in (train, test):
         split.y = np.array([number[name] for name in split.y], np.int64)
     sizes = np.bincount(train.y[train.y >= 0])
-    if not len(test) and min(sizes, default=0) >= 10:  # hold out a fixed fifth of every class
+    if not len(test) and min(sizes) >= 10:  # hold out a fixed fifth of every class
         test = train.take(draw(train.y, sizes // 5, RandomState(0)))
-    name = path.resolve().name if path.is_dir() else path.stem
+    name, test = path.resolve().name if path.is_dir() else path.stem, test if len(test) else None
+    if unused := {at.name for at in path.glob("[!.]*/")} - {"train", "test", "unlabeled"}:
+        print(f"{path}: not used: {', '.join(unused)}; expected train/, unlabeled/, test/")
     if train.files is None:
-        copies = among(train.x, test.x)  # never train on test examples
-        print(f"{path}: {len(test)} test texts; left out {copies.sum()} copies from training")
-        return Data(name, classes, train.take(~copies), test if len(test) else None)
-    store = f"{data_dir}/decoded/{name}-{content_hash(bytes(path.resolve()), 4)}"
-    test = decode(test, store, preset, "test") if len(test) else None
-    train = decode(train, store, preset, "train", test.keys if test else ())
+        copies = among(train.x, test.x if test else ())  # never train on test examples
+        print(f"{path}: {len(test or ())} test texts; left out {copies.sum()} copies from training")
+        train = train.take(~copies)
+    else:
+        store = f"{data_dir}/decoded/{name}-{content_hash(bytes(path.resolve()), 4)}"
+        test = test and decode(test, store, preset, "test")
+        train = decode(train, store, preset, "train", test.keys if test else ())
+    known = {(key, k) for key, k in zip(train.hashes(), train.y) if k >= 0}
+    if double := len(known) - len(dict(known)):
+        print(f"{path}: {double} labeled examples have a copy with another label")
     return Data(name, classes, train, test)
 
 
@@ -606,8 +611,7 @@ def draw(y: ndarray, sizes: Any, rng: RandomState) -> ndarray:
 
 def files_below(folder: Path) -> list[str]:
     """All files in a folder and its folders, sorted by name; hidden ones are left out."""
-    found = glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True)
-    return sorted(filter(os.path.isfile, found))
+    return sorted(filter(os.path.isfile, glob.glob(f"{glob.escape(folder)}/**", recursive=True)))
 
 
 def decode(split: Split, store: str, preset: Preset, part: str, test_keys: Any = ()) -> Split:
@@ -633,8 +637,9 @@ def decode(split: Split, store: str, preset: Preset, part: str, test_keys: Any =
         write_atomically(note, json.dumps([recipe, *found]).encode())
     keys, troubles = np.array(found, str).reshape(-1, 2).T
     kept = (keys != "") & ~among(keys, copies)
-    for i in np.flatnonzero(keys == ""):
-        print(f"left out unreadable picture {names[i]} ({troubles[i]})")
+    for name, key, trouble in zip(names, keys, troubles):
+        if trouble:
+            print(f"{'used a part of' if key else 'left out'} picture {name} ({trouble})")
     if not kept.any():
         raise UserError(f"{store}: none of the {len(names)} {part} pictures can be used")
     x = np.memmap(path, np.uint8, "c").reshape(-1, *shape)  # torch warns of read-only ones
@@ -642,18 +647,22 @@ def decode(split: Split, store: str, preset: Preset, part: str, test_keys: Any =
 
 
 def decode_one(file: str, side: int, shape: tuple) -> tuple[bytes, str, str]:
-    """(a picture [C, H, W] in bytes, hash of its full pixels, ""), or two empty ones and why."""
+    """(a picture [C, H, W] in bytes, hash of its full pixels, what is wrong: "" or a reason)."""
     try:
-        image = read_picture(str(file))
+        image, trouble = read_picture(file), ""
     except Exception as error:  # damaged files make Pillow raise errors of many kinds
-        return b"", "", reason_of(error)
+        trouble = reason_of(error)
+        try:
+            image = read_picture(io.BytesIO(Path(file).read_bytes() + b"\xff\xd9"))  # a cut JPEG
+        except Exception:
+            return b"", "", trouble
     fitted = functional.resize(image, [side] if shape[1] < side else [side, side])
     pixels = np.asarray(functional.center_crop(fitted, shape[1:])).transpose(2, 0, 1)
     content = image.tobytes() + str(image.size).encode()
-    return pixels.tobytes(), content_hash(content), ""
+    return pixels.tobytes(), content_hash(content), trouble
 
 
-def read_picture(file: str | Path) -> Image.Image:
+def read_picture(file: Any) -> Image.Image:
     """Any picture as 8-bit RGB, turned as its EXIF data say, on white where it is transparent."""
     with Image.open(file) as image:
         with suppress(Exception):  # damaged EXIF data: not turned
@@ -670,27 +679,23 @@ def read_picture(file: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def measured_part(data: Data) -> tuple[Split, str]:
-    """(test part, "test_acc"), else (up to 2,000 labeled training examples, "labeled_acc")."""
-    if data.test is not None:
-        return data.test, "test_acc"
-    labeled = RandomState(0).permutation(np.flatnonzero(data.train.y >= 0))[:2000]
-    return data.train.take(labeled), "labeled_acc"
-
-
-def share_right(right: int, total: int) -> str:
-    """As in: 63.00 % (95 % interval 59.94 to 65.96) of 1000, Wilson's interval."""
-    from scipy.stats import binomtest
-
-    low, high = (100 * end for end in binomtest(right, total).proportion_ci(method="wilson"))
-    return f"{100 * right / total:.2f} % (95 % interval {low:.2f} to {high:.2f}) of {total}"
-
-
 def class_counts(y: ndarray, classes: list[str]) -> str:
     """Labels (not y = -1) per class, most frequent first, of at most 20 classes."""
     counts = Counter(classes)  # 1 each, so that a class without labels is named, too
     counts.update(classes[k] for k in y if k >= 0)
     return ", ".join(f"{name} {n - 1}" for name, n in counts.most_common(20))
+
+
+def report_of(y: Any, label: Any, classes: list[str]) -> tuple[str, dict]:
+    """Recall and precision by class, confusion table, most confused pairs; the first as a dict."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
+    of = {"labels": range(len(classes)), "target_names": classes, "zero_division": 0}
+    table = confusion_matrix(y, label, labels=of["labels"])
+    pairs = Counter((k, j) for k, j in zip(y.tolist(), label.tolist()) if k != j >= 0)
+    worst = [f"{n} of {classes[k]} taken for {classes[j]}" for (k, j), n in pairs.most_common(5)]
+    text = [classification_report(y, label, **of), "true class (row), answer", str(table), *worst]
+    return "\n".join(text), classification_report(y, label, output_dict=True, **of)
 
 
 def draw_labeled(y: ndarray, num_labels: int, K: int, seed: int) -> ndarray:
@@ -699,8 +704,7 @@ def draw_labeled(y: ndarray, num_labels: int, K: int, seed: int) -> ndarray:
         return np.flatnonzero(y >= 0)
     most = K * np.bincount(y[y >= 0], minlength=K).min()
     if num_labels % K or not 0 < num_labels <= most:
-        expected = f"expected a multiple of {K} (classes) up to {most}, or 0: all labels"
-        raise UserError(f"--num-labels {num_labels}: {expected}")
+        raise UserError(f"--num-labels {num_labels}: expected 0 or a multiple of {K} up to {most}")
     return draw(y, [num_labels // K] * K, RandomState(seed))
 
 
@@ -729,15 +733,15 @@ def crop_and_flip(x: Tensor, u: Tensor, size: int, pad: int, flip: int) -> Tenso
     return pick_pixels(x, rows[:, None, :, None], columns[:, None, None])
 
 
-def enhance(operation: Callable[..., Tensor], x: Tensor, v: Tensor) -> Tensor:
+def enhance(operation: Callable, x: Tensor, v: Tensor) -> Tensor:
     """v * image + (1 - v) * torchvision's result at factor 0 (black, gray, mean gray, smoothed)."""
     base = operation(x, 0.0).float()
     return (x.float() - base).mul_(v).add_(base).short().byte()
 
 
-def affine(x: Tensor, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Tensor:
+def affine(x: Tensor, *matrix: Any) -> Tensor:
     """Pillow's AFFINE: out(x, y) = in(ax + by + c, dx + ey + f) at pixel centers, black outside."""
-    side = x.shape[3]
+    side, (a, b, c, d, e, f) = x.shape[3], matrix
     center = torch.arange(0.5, side, device=x.device)
     columns, rows = a * center + b * center[:, None] + c, d * center + e * center[:, None] + f
     columns, rows = (at.floor().int().clamp(-1, side) + 1 for at in (columns, rows))
@@ -777,11 +781,10 @@ def rand_augment(x: Tensor, u: Tensor) -> Tensor:
     for number, v in zip(numbers.T, values.T, strict=True):
         number, order = number.sort()  # images of one operation side by side
         sizes = number.bincount(minlength=len(RAND_AUGMENT)).tolist()  # on the CPU: no GPU waits
-        x = x.index_select(0, order.to(x.device)).split(sizes)
-        v = v[order, None, None, None].to(x[0].device).split(sizes)
-        operations = (operation for _, _, operation in RAND_AUGMENT.values())
-        done = [operation(*part) for operation, *part in zip(operations, x, v, strict=True)]
-        x = torch.cat(done).index_select(0, order.argsort().to(done[0].device))
+        of = x.index_select(0, order.to(x.device)).split(sizes)
+        parts = zip(RAND_AUGMENT.values(), of, v[order, None, None, None].split(sizes), strict=True)
+        done = [operation(x, v.to(x.device)) for (_, _, operation), x, v in parts]
+        x = torch.cat(done).index_select(0, order.argsort().to(x.device))
     return x
 
 
@@ -801,10 +804,10 @@ def cutout(x: Tensor, u: Tensor) -> Tensor:
 class Views:
     """What the network sees of a split of images: normalized float batches, made on the device."""
 
-    def __init__(self, split: Split, preset: Preset, device: torch.device) -> None:
+    def __init__(self, split: Split, preset: Preset, backbone: str, device: torch.device):
         self.y, self.device = torch.tensor(split.y, device=device), device
         self.extra = torch.zeros(len(split), 0, device=device)  # further inputs of the heads
-        self.order, self.largest_id = torch.arange(len(split)), -1  # see TextViews
+        self.order = torch.arange(len(split))  # see TextViews
         if split.is_text:
             return
         self.geometry = preset.size, preset.pad, preset.flip
@@ -890,20 +893,18 @@ def token_augment(ids: Tensor, u: Tensor, special: Tensor, mask_id: int | None) 
 class TextViews(Views):
     """What the network sees of a split of texts: rows of tokens, padded to the batch's longest."""
 
-    def __init__(self, split: Split, preset: Preset, backbone: str, device: torch.device) -> None:
-        super().__init__(split, preset, device)
+    def __init__(self, split: Split, preset: Preset, backbone: str, device: torch.device):
+        super().__init__(split, preset, backbone, device)
         tokenizer = load_pretrained("AutoTokenizer", backbone, truncation_side="right")
         self.max_length = min(preset.size, tokenizer.model_max_length)
         config = load_pretrained("AutoConfig", backbone)
-        positions = (getattr(config, "max_position_embeddings", 0) or 0) - 1
-        if 0 < positions < tokenizer.model_max_length - 1:  # RoBERTa's begin behind the padding id
-            positions -= min(getattr(config, "pad_token_id", 0) or 0, 1)
+        positions = (getattr(config, "max_position_embeddings", 0) or 0) - 2
+        if 0 < positions < tokenizer.model_max_length - 2:  # RoBERTa's begin behind the padding id
             self.max_length = min(preset.size, positions)
         columns = [split.x] if split.aug is None else [split.x, *split.aug.T]
         texts = np.concatenate(columns).tolist()
         rows = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        kinds = Counter(hash(frozenset(row)) for row in dict(zip(texts, rows)).values())
-        if kinds.most_common(1)[0][1] > max(50, 0.9 * kinds.total()):
+        if len({*map(frozenset, rows)}) < min(10, len({*texts}) / 10):
             raise UserError(f"{backbone} has no usable tokenizer: nearly all texts look the same")
         self.rows = [torch.tensor(row or [0]) for row in rows]
         self.largest_id = max(map(torch.max, self.rows)).item()
@@ -931,11 +932,10 @@ class TextViews(Views):
 
 def make_views(split: Split, preset: Preset, backbone: str, device: torch.device) -> Views:
     """Views of images or of texts, as the split is."""
-    text = split.is_text
-    return TextViews(split, preset, backbone, device) if text else Views(split, preset, device)
+    return (TextViews if split.is_text else Views)(split, preset, backbone, device)
 
 
-def join(views: list[Any]) -> Tensor:
+def join(views: list) -> Tensor:
     """One batch of several; rows of tokens are padded with -1 to the longest."""
     if views[0][0].ndim > 1:
         return torch.cat(views)
@@ -946,12 +946,13 @@ def join(views: list[Any]) -> Tensor:
 # An encoder maps images [n, C, H, W] or tokens [n, L] to features [n, num_features].
 VITS = {"vit_small_patch2_32": 2, "vit_small_patch16_224": 16}  # patch side; any image side works
 NAMES = ["cnn", "wrn_28_2", "efficientnet_b0", *VITS]
+LEAKY = partial(nn.LeakyReLU, 0.1)
 
 
 class SmallCNN(nn.Sequential):
     """Five 3x3 convolutions (from 16 pixels on, the first has stride 2) and a global average."""
 
-    def __init__(self, channels: int, size: int, width: int = 16) -> None:
+    def __init__(self, channels: int, size: int, width: int = 16):
         conv, w = Conv2dNormActivation, width  # 3x3 convolution, batch norm, ReLU
         super().__init__(
             conv(channels, w, stride=2 if size >= 16 else 1), conv(w, 2 * w), nn.MaxPool2d(2),
@@ -964,42 +965,38 @@ class SmallCNN(nn.Sequential):
 class WideBlock(nn.Module):
     """Pre-activation residual block of a WRN; in the first one the shortcut is activated, too."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+    def __init__(self, c_in: int, c_out: int, stride: int = 1):
         super().__init__()
-        self.bn1, self.bn2 = (nn.BatchNorm2d(c) for c in (c_in, c_out))  # C8
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.activate = nn.Sequential(nn.BatchNorm2d(c_in), LEAKY())  # C5, C8
+        conv = Conv2dNormActivation(c_in, c_out, stride=stride, activation_layer=LEAKY)
+        self.residual = nn.Sequential(conv, nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False))
         widened = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
         self.first, self.shortcut = c_in == 16, widened or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.leaky_relu(self.bn1(x), 0.1)  # C5
-        x = self.shortcut(out if self.first else x)
-        return x + self.conv2(F.leaky_relu(self.bn2(self.conv1(out)), 0.1))
+        out = self.activate(x)
+        return self.shortcut(out if self.first else x) + self.residual(out)
 
 
-class WideResNet(nn.Module):
+class WideResNet(nn.Sequential):
     """WRN-28-2 of FixMatch: 28 layers, width 2, leaky ReLU 0.1."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1, self.blocks = nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.Sequential()
+    def __init__(self, channels: int):
+        super().__init__(nn.Conv2d(channels, 16, 3, 1, 1, bias=False))
         for c_in, c_out, stride in ((16, 32, 1), (32, 64, 2), (64, 128, 2)):
-            self.blocks.append(WideBlock(c_in, c_out, stride))
-            self.blocks.extend(WideBlock(c_out, c_out, 1) for _ in range(3))
-        self.bn, self.num_features = nn.BatchNorm2d(128), 128
+            self.append(WideBlock(c_in, c_out, stride))
+            self.extend(WideBlock(c_out, c_out) for _ in range(3))
+        self.extend([nn.BatchNorm2d(128), LEAKY(), nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+        self.num_features = 128
         for p in self.parameters():
             if p.ndim == 4:
                 nn.init.kaiming_normal_(p, mode="fan_out", nonlinearity="leaky_relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(self.bn(self.blocks(self.conv1(x))), 0.1).mean(dim=(2, 3))
 
 
 class PretrainedEncoder(nn.Module):
     """ViT-S, EfficientNet-B0 (torchvision's), or an image or text encoder of transformers."""
 
-    def __init__(self, backbone: str, size: int, reads_text: bool) -> None:
+    def __init__(self, backbone: str, size: int, reads_text: bool):
         super().__init__()
         self.reads_text = reads_text
         if backbone in VITS:  # width 384, depth 12, 6 heads. Source: ZM nets/vit
@@ -1021,8 +1018,8 @@ class PretrainedEncoder(nn.Module):
                 raise ValueError("transformers could not load its vision model again")
             if reads_text:
                 self.model.pooler = nn.Identity()  # the mean does not use it
-                self.num_tokens = self.model.get_input_embeddings().num_embeddings
-        names = str(dict(self.named_parameters()).keys())
+                self.num_tokens = len(self.model.get_input_embeddings().weight)
+        names = " ".join(self.state_dict())
         self.has_class_token = "cls_token" in names or "class_emb" in names
         x = torch.zeros(1, 8).long() if reads_text else torch.zeros(1, 3, size, size)
         with torch.no_grad():
@@ -1045,7 +1042,7 @@ class PretrainedEncoder(nn.Module):
 class Student(nn.Module):
     """Batch, extra inputs [n, num_extra] -> (logits [n, K], auxiliary head's or None, features)."""
 
-    def __init__(self, encoder: nn.Module, num_classes: int, num_extra: int = 0) -> None:
+    def __init__(self, encoder: nn.Module, num_classes: int, num_extra: int = 0):
         super().__init__()
         self.encoder, self.num_classes, self.kd_head = encoder, num_classes, None
         encoder.batch_statistics = any(isinstance(m, nn.BatchNorm2d) for m in encoder.modules())
@@ -1061,6 +1058,12 @@ class Student(nn.Module):
         self.kd_head = copy.deepcopy(self.head)
         for layer in [m for m in self.kd_head.modules() if isinstance(m, nn.Linear)]:
             layer.reset_parameters()
+
+    def train(self, mode: bool = True) -> Student:
+        """As usual, but an encoder with nothing to train stays in eval mode."""
+        super().train(mode)
+        self.encoder.train(mode and any(p.requires_grad for p in self.encoder.parameters()))
+        return self
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Any, Tensor]:
         if self.channels_last:
@@ -1086,18 +1089,18 @@ def build_student(backbone: str, preset: Preset, K: int, num_extra=0, weights="n
             encoder = PretrainedEncoder(backbone, size, reads_text=not channels)
     load_weights(encoder, backbone, weights)
     student = Student(encoder, K, num_extra)
-    seen = {name: getattr(preset, name) for name in ("size", "pad", "mean", "std")}
+    seen = {name: getattr(preset, name) for name in ("size", "pad", "mean", "std", "columns")}
     student.config = seen | {"backbone": backbone, "num_extra": num_extra}
     with explained(f"--backbone {backbone} cannot be used", advice):
         for views in parts:
             x, extra = views.plain(views.order[[0, -1]]).cpu(), torch.zeros(2, num_extra)
-            if views.largest_id >= getattr(encoder, "num_tokens", 0):
+            if not channels and views.largest_id >= encoder.num_tokens:
                 raise ValueError("its tokenizer has more tokens than its embedding")
             with torch.no_grad():
                 student.train(channels == 0)(x, extra)  # some take other rows in training
-                first, again = (student.eval()(x, extra)[0] for _ in range(2))
+                both, _, _ = student.eval()(x, extra)
                 alone, _, _ = student(views.plain(views.order[:1]).cpu(), extra[:1])
-            if not torch.allclose(torch.cat([again, alone]), first[[0, 1, 0]], 1e-3, 1e-3):
+            if not torch.allclose(alone, both[:1], 1e-3, 1e-3):
                 raise ValueError("its answers are random, or depend on other rows of a batch")
     return student.train()
 
@@ -1156,13 +1159,14 @@ def optimizer_of(student: Any, kind: str, lr: float, weight_decay: float, layer_
     blocks = max(lists, key=lambda m: (type(m) is nn.ModuleList, len(m.state_dict())), default=())
     layer, groups = 0, {}
     layer_of = {p: at for at, block in enumerate(blocks, 1) for p in block.parameters()}
-    if layer_decay < 1:
+    if 0 < layer_decay < 1:
         print(f"layer decay {layer_decay} over {len(blocks)} blocks")
         if len(blocks) < 2:
             raise UserError("--layer-decay: this backbone has no list of blocks; set it to 1")
     for name, p in student.named_parameters():
         layer = layer_of.get(p, layer)
         scale = layer_decay ** (len(blocks) + 1 - layer) if name.startswith("encoder.") else 1.0
+        p.requires_grad_(scale > 0)  # --freeze: no gradient below the heads
         plain = p.ndim <= 1 or re.search("cls_token|class_token|position_embeddings|pos_emb", name)
         decay = 0.0 if plain else weight_decay
         group = {"params": [], "weight_decay": decay, "lr": lr, "lr_scale": scale}
@@ -1183,7 +1187,7 @@ def predict(student: nn.Module, views: Views, autocast: Any = nullcontext) -> li
     return [torch.cat(column)[views.order.argsort()] for column in zip(*parts)]
 
 
-def pseudo_label_accuracy(label: Tensor, mask: Tensor, y_true: Tensor) -> dict[str, Tensor]:
+def pseudo_label_accuracy(label: Tensor, mask: Tensor, y_true: Tensor) -> dict:
     """Percent right of all pseudo-labels [B_u], of those with mask 1; y_true -1: unknown."""
     known, right = (y_true >= 0).float(), 100 * (label == y_true).float()
     masked = (right * mask).sum() / (known * mask).sum()
@@ -1204,7 +1208,7 @@ def note_signal(number: int, frame: Any) -> None:
 class Run:
     """A folder runs/<name>-<time>/. Scalars stay tensors until a line is printed: no step waits."""
 
-    def __init__(self, name: str, args: dict, device: torch.device, dtype: Any) -> None:
+    def __init__(self, name: str, args: dict, device: torch.device, dtype: Any):
         """A new folder in args["runs_dir"], or that of the run which args["resume"] continues."""
         self.args, self.device, self.dtype, resume = args, device, dtype, args["resume"]
         begun = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # of this run alone
@@ -1222,29 +1226,22 @@ class Run:
         self.history = self.state.get("history", {})  # stage: accuracies
         if not RANK:  # what was logged after the checkpoint will come again
             self.metrics.seek(self.metrics.truncate(self.state.get("metrics_bytes", 0)))
-        self.board = None
-        if args["tensorboard"] and not RANK:
-            with explained("--tensorboard cannot be used", "pip install tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(self.folder))
+        self.track = not RANK and args["track"] and tracker(args["track"], self.folder, args)
         self.start = self.saved = time.perf_counter()
         # Losses stay outside of autocast: bfloat16's 0.949 passes 0.95. Only float16 is scaled.
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
-        scaled = dtype == torch.float16
-        self.scaler = partial(torch.amp.GradScaler, device.type, enabled=scaled)
+        self.scaler = partial(torch.amp.GradScaler, device.type, enabled=dtype == torch.float16)
 
-    def describe(self, data: Data, labeled: ndarray, measured: str, y_zs: Any = None) -> None:
-        """Print the plan, write it. y_zs [N]: the teacher's labels, -1: none."""
-        self.measured, self.classes, y_lb = measured, data.classes, data.train.y[labeled]
+    def describe(self, data: Data, labeled: ndarray, y_zs: Any = None) -> Split:
+        """Print the plan, write it, return the part to evaluate. y_zs [N]: the teacher's labels."""
+        self.measured, self.classes, y_lb = "test_acc", data.classes, data.train.y[labeled]
+        if (measured := data.test) is None:
+            known = RandomState(0).permutation(np.flatnonzero(data.train.y >= 0))
+            self.measured, measured = "labeled_acc", data.train.take(known[:2000])
         print(*(f"{name} {value}" for name, value in self.args.items() if value is not None))
-        print(f"{self.folder} on {self.device}, autocast {self.dtype}; {measured}\n{len(labeled)} "
+        print(f"{self.folder} on {self.device}, autocast {self.dtype}\n{len(labeled)} "
               f"labeled, {len(data.train)} unlabeled (with labeled), {len(data.test or ())} test; "
               f"labels: {class_counts(y_lb, data.classes)}")  # fmt: skip
-        if y_zs is not None:
-            right = share_right(int((y_zs[labeled] == y_lb).sum()), len(labeled))
-            print(f"teacher's labels: {class_counts(y_zs, data.classes)}; none: {(y_zs < 0).sum()}")
-            print(f"teacher right on labeled examples: {right}", flush=True)
         given = data.train.hashes(), y_lb.tolist(), y_zs is None or y_zs.tolist()
         now = {"command": sys.argv, "cwd": os.getcwd(), "python": sys.version}
         now |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -1257,12 +1254,13 @@ class Run:
             first["resumed"].append(now)
         else:
             amp = next(name for name, dtype in AMP.items() if dtype == self.dtype)
-            resolved = {"amp": amp, "device": self.device.type}
-            write_atomically(self.folder / "args.json", self.args | resolved)
+            resolved = self.args | {"amp": amp, "device": self.device.type}
+            write_atomically(self.folder / "args.json", resolved)
         write_atomically(env, first)
         write_atomically(self.folder / "labeled_idx.txt", "\n".join(map(str, labeled)).encode())
+        return measured
 
-    def restore(self, stage: int, parts: dict) -> tuple[int, dict]:
+    def restore(self, stage: int, parts: dict) -> tuple:
         """(first step, state) of the checkpoint if it is of this stage, else (0, {})."""
         self.stage_start, self.steps, self.pending = time.perf_counter(), 0, {}
         STOP["waits"] = True  # from now on, `save` answers signals
@@ -1287,7 +1285,7 @@ class Run:
         said = line.format(**means).replace(" pl_acc nan", "")  # where nothing is known
         self.write(stage, step, row, f"/{num_steps} | {said} | {rate:.3g} step/s, {left} left")
 
-    def means(self, stage: int, step: int) -> dict[str, float]:
+    def means(self, stage: int, step: int) -> dict:
         """Means of the scalars since the last line or checkpoint; NaN (no cases) is skipped."""
         means = {}
         for name, values in self.pending.items():
@@ -1315,15 +1313,15 @@ class Run:
         self.history.setdefault(stage, []).append(acc)
         self.write(stage, step, row, *(f" | {name} {value:.2f}" for name, value in row.items()))
 
-    def write(self, stage: int, step: int, row: dict[str, float], *said: str) -> None:
+    def write(self, stage: int, step: int, row: dict, *said: str) -> None:
         values = {name: None if math.isnan(value) else value for name, value in row.items()}
         print(json.dumps({"stage": stage, "step": step + 1} | values), file=self.metrics)
         try:
             print(f"stage {stage} step {step + 1}", *said, sep="", flush=True)
         except BrokenPipeError:  # whoever read it has left: save and stop
             sys.stdout, STOP["signal"] = open(os.devnull, "w"), signal.SIGTERM
-        for name, value in row.items() if self.board else ():
-            self.board.add_scalar(f"stage {stage}/{name}", value, step + 1)
+        if self.track:
+            self.track({f"stage {stage}/{name}": value for name, value in row.items()}, step + 1)
 
     def seconds(self) -> float:
         """Running time of all sessions of this run."""
@@ -1356,44 +1354,46 @@ class Run:
 
     def finish(self, student: Any, test: Views, lines: dict, **facts: Any) -> dict:
         """Write the student, report.txt, result.json; print `lines`, return the result."""
-        from sklearn.metrics import classification_report, confusion_matrix
-
         config = student.config | {"dataset": self.args["dataset"], "classes": self.classes}
         if not RANK:
             save_student(self.folder / "student", student, config)
         probs, _ = predict(student, test, self.autocast)
         (sure, label), y = probs.max(dim=1), test.y.cpu()
         gaps = torch.zeros(11).index_add(0, (10 * sure).long(), (label == y) * 1.0 - sure)
-        of = {"labels": range(len(self.classes)), "target_names": self.classes, "zero_division": 0}
-        table = confusion_matrix(y, label, labels=of["labels"])
-        report = f"{classification_report(y, label, **of)}\ntrue class (row), answer\n{table}\n"
+        report, by_class = report_of(y, label, self.classes)
         print(report)
         write_atomically(self.folder / "report.txt", report.encode())
         last20 = self.history[max(self.history)][-20:]
         result = {
             self.measured: last20[-1], f"{self.measured}_median20": float(np.median(last20)),
             "measured": self.measured, "seconds": self.seconds(), **facts,
-            "calibration_error": 100 * gaps.norm(1).item() / len(y),
-            "by_class": classification_report(y, label, output_dict=True, **of),
+            "calibration_error": 100 * gaps.norm(1).item() / len(y), "by_class": by_class,
         }  # fmt: skip
         write_atomically(self.folder / "result.json", result | {"args": self.args})
-        for file in filter(None, (self.metrics, self.board)):
-            file.close()
+        self.metrics.close()
         print(f"\n{self.measured}, last evaluation")
         for name, acc in lines.items():
-            print(f"  {name:34} {'unknown' if acc is None else f'{acc:.2f} %'}")
-        student = f"{self.folder}/student"
-        print(f"Label new data with the student, or load it in Python:\n  python pseudolabel.py "
-              f"--teacher student --student {student} --dataset NEW --csv answers.csv\n  "
-              f"student, config = common.load_student('{student}')")  # fmt: skip
+            print(f"  {name:34} {'-' if acc is None else f'{acc:.2f} %'}")
+        print("Label new data with the student:\n  python pseudolabel.py --teacher student "
+              f"--student {self.folder}/student --dataset NEW --csv answers.csv")  # fmt: skip
         return result
+
+
+def tracker(kind: str, folder: Path, args: dict) -> Callable:
+    """(a step's {metric: value}, step) -> also to tensorboard, trackio or wandb."""
+    with explained(f"--track {kind} cannot be used", "pip install tensorboard, trackio or wandb"):
+        if kind == "tensorboard":
+            board = import_module("torch.utils.tensorboard").SummaryWriter(folder)
+            return lambda row, step: [board.add_scalar(*item, step) for item in row.items()]
+        os.environ["WANDB_RUN_ID"] = name = folder.name  # a resumed run is the same one
+        run = import_module(kind).init(project="zeromatch", name=name, resume="allow", config=args)
+        return lambda row, step: run.log(row | {"time/step": step})  # begins again in each stage
 
 
 def lock(file: Any) -> bool:
     """Keep other processes out of an open file; False if one has it. Locks may be unsupported."""
     try:
-        import fcntl
-
+        fcntl = import_module("fcntl")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
@@ -1455,7 +1455,7 @@ FIXES = {  # pattern of errors that are not ours: what the user can do
 }
 
 
-def cli(args_type: type, main: Callable[[Any], Any]) -> None:
+def cli(args_type: type, main: Callable) -> None:
     """Parse the command line, call `main`. Exit: 0 done, 2 the user can fix it, 130 stopped."""
     script, code = Path(sys.argv[0]).name, 0
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:

@@ -69,8 +69,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common import (
     LABELS, TEXTS, Run, Views, batch_at, build_student, cli, data_parallel, draw_labeled,
-    from_first_process, join, load_data, make_views, measured_part, optimizer_of, predict,
-    preset_of, pseudo_label_accuracy, resolve, seed_step, setup_device, write_atomically,
+    from_first_process, join, load_data, make_views, optimizer_of, predict, preset_of,
+    pseudo_label_accuracy, resolve, seed_step, setup_device, write_atomically,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------- arguments
@@ -92,11 +92,12 @@ class Args:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 on GPUs that have it
     compile: bool = False  # torch.compile the student: a slow first step, then faster on GPUs
     log_every: int = 20  # steps from one printed line to the next
-    tensorboard: bool = False  # also log to TensorBoard in the run folder; needs the package
+    track: str | None = None  # tensorboard, trackio or wandb: log there, too; needs the package
     eval_every: int | None = None  # steps from one evaluation and checkpoint to the next
     # model
     backbone: str | None = None  # a name in common.NAMES, or a model of transformers (id, folder)
     weights: str | None = None  # of the encoder: file, folder or none; unset: the published ones
+    freeze: bool = False  # train the heads alone; the encoder stays as it is, in eval mode
     # optimization; unset values are the preset's (common.PRESETS)
     num_steps: int | None = None  # of each network; alone, it scales warm-up and --eval-every
     batch_size: int | None = None  # B: labeled examples a step
@@ -371,7 +372,7 @@ def select_trusted(outer: nn.Module, train: Views, args: Args, run: Run) -> Tens
 # ---------------------------------------------------------------------------- main
 
 
-def main(args: Args) -> dict[str, Any]:
+def main(args: Args) -> dict:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
     columns = args.text_column, args.label_column
     preset = preset_of(args.dataset, args.backbone, args.size, columns)
@@ -379,11 +380,10 @@ def main(args: Args) -> dict[str, Any]:
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     data = load_data(args.dataset, args.data_dir, args.test_file, preset)
     labeled = draw_labeled(data.train.y, args.num_labels, K := len(data.classes), args.seed)
-    test_part, measured = measured_part(data)
 
     name = f"kd_fixmatch-{data.name}-{args.num_labels}-seed{args.seed}"
     run = Run(name, vars(args), device, dtype)
-    run.describe(data, labeled, measured)
+    test_part = run.describe(data, labeled)
     idx, y_lb_all = torch.from_numpy(labeled), torch.from_numpy(data.train.y[labeled]).to(device)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
     train.y[labeled] = -1  # monitor pseudo-labels on hidden labels only

@@ -8,18 +8,12 @@
     python pseudolabel.py --dataset fashion_mnist --teacher chat --model gpt-4.1 --dry-run 20
     python pseudolabel.py --dataset new --teacher student --student runs/NAME/student --csv new.csv
 
-Teachers
-    glyphs     digits only: a network trained on digits that are drawn with Pillow's built-in font
-    clip       CLIP or SigLIP          text  FLAN-T5, any seq2seq, an instruction-tuned causal model
-    embedding  a sentence encoder      chat  any OpenAI-compatible endpoint, for images and texts
-    student    ours: predicts new data   import  labels made elsewhere: .csv, .npy, the authors' .pt
-
-Line 1 of the file is a header: data set, split, class names in order, a fingerprint of the
-examples, teacher, model, prompt, settings. The other lines are examples, in any order:
-    {"index": 17, "label": 3, "probs": [...]}
-Label null: no answer. Chat adds the raw answer and the billed tokens (in, out); a line with tokens
-but no label was asked and not answered: the next run asks again, for the last time. The file only
-grows and may be cut anywhere; the same command resumes after the last whole line.
+TEACHERS, below, lists who can label what. Line 1 of the file is a header: data set, split, class
+names in order, a fingerprint of the examples, teacher, model, prompt, settings. The other lines are
+examples in any order, {"index": 17, "label": 3, "probs": [...]}; label null: no answer. Chat adds
+the raw answer and the billed tokens (in, out); a line with tokens but no label was asked and not
+answered: the next run asks again, for the last time. The file only grows and may be cut anywhere;
+the same command resumes after the last whole line.
 
 Departures from the authors' pipelines (jichan3751/zeromatch @8ca4079)
   P1  A label is read if the answer, its first sentence or just one of its lines names it, perhaps
@@ -55,21 +49,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Iterator, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.stats import binomtest
 from torch import Tensor
-from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image, to_tensor
+from torchvision.transforms.functional import normalize, rgb_to_grayscale, to_pil_image, to_tensor
 from tqdm import tqdm
 
 from common import (
-    LABELS, OWN, PRESETS, STOP, TEXTS, Data, SmallCNN, Split, Student, UserError, class_counts,
-    cli, column_of, content_hash, decode, files_below, first_process_first, label_in, load_data,
-    load_pretrained, load_student, lock, make_views, predict, preset_of, read_picture, read_table,
-    reason_of, seed_step, setup_device, share_right,
+    LABELS, PRESETS, STOP, TEXTS, Data, Preset, SmallCNN, Split, Student, UserError, class_counts,
+    cli, column_of, content_hash, decode, explained, files_below, first_process_first, label_in,
+    load_data, load_pretrained, load_student, lock, make_views, predict, preset_of, read_picture,
+    read_table, report_of, seed_step, setup_device, text_in,
 )  # fmt: skip
 
 FORMAT = "zeromatch-labels-1"
@@ -138,10 +134,8 @@ def read_rows(path: Path, **wanted: Any) -> tuple[Row, list[Row], int]:
     content, lines = path.read_bytes(), []
     content = content[: content.rfind(b"\n") + 1]
     for number, line in enumerate(content.splitlines(), 1):
-        try:
+        with explained(f"{path}: line {number} is not a JSON object", "is the file damaged?"):
             lines.append(dict(**json.loads(line)))
-        except ODD:
-            raise UserError(f"{path}: line {number} is not a JSON object; damaged?") from None
     header, *rows = lines or [{}]
     if header.get("format") != FORMAT:
         raise UserError(f"{path}: expected a first line with format {FORMAT}, from pseudolabel.py")
@@ -174,15 +168,20 @@ def collect(path: Path, rows: list[Row], n: int, k: int) -> tuple[np.ndarray, np
     return labels, probs
 
 
-def read_labels(path: str | Path, data: Data, split: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """(labels [N], -1: no answer; probs [N, K] or None) of a complete file, else UserError."""
+def read_labels(path: str | Path, data: Data, split: str, labeled: Any = ()) -> tuple:
+    """(labels int64 [N], -1: no answer; probs float32 [N, K] or None) of a complete file, else
+    UserError. Prints how many of those at positions `labeled` are right."""
     header, rows, _ = read_rows(Path(path), **header_of(data, split))
-    print(f"labels of the {split} part: {path}, teacher {header.get('teacher')}")
+    print(f"{split} part, teacher {header.get('teacher')}")
     labels, probs = collect(path, rows, len(data.part(split)), len(data.classes))
     if missing := (labels == -2).sum():
         raise UserError(f"{path}: {missing} of {len(labels)} examples have no label yet; resume it")
     if (labels == -1).all():
         raise UserError(f"{path}: the teacher answered nothing: every label is null")
+    print(f"labels: {class_counts(labels, data.classes)}; none: {(labels == -1).sum()}")
+    if len(labeled):
+        acc = 100 * (labels == data.part(split).y)[labeled].mean()
+        print(f"teacher right on labeled examples: {acc:.2f} % of {len(labeled)}", flush=True)
     return labels, None if np.isnan(probs).any() else probs
 
 
@@ -239,14 +238,14 @@ def forms_of(text: str) -> tuple[str, str, str]:
     return plain, words, re.sub(LEAD, "", words)
 
 
-def named(text: str, classes: list[str]) -> int | None:
+def named(text: str, classes: list) -> int | None:
     """The one class whose name is a text, in any of its forms; or None."""
     for form, *names in zip(forms_of(text), *map(forms_of, classes)):
         if form and names.count(form) == 1:
             return names.index(form)
 
 
-def parse_answer(answer: str, classes: list[str]) -> int | None:
+def parse_answer(answer: str, classes: list) -> int | None:
     """Class of an answer by P1, in JSON of its field "label" or all values; None: none, several."""
     answer = spoken(answer)
     with suppress(*ODD):  # not a JSON object
@@ -287,15 +286,14 @@ def draw_digits(glyphs: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     matrix = angle.cos() / width, shear + angle.sin(), right, -angle.sin(), angle.cos(), down
     affine = torch.stack(matrix, dim=1).view(batch, 2, 3) * size.view(batch, 1, 1)
     elastic = F.interpolate(torch.randn(batch, 2, 3, 3) * 0.2, size=(32, 32), mode="bicubic")
-    grid = F.affine_grid(affine, [batch, 1, 32, 32], align_corners=False)
-    grid += elastic.permute(0, 2, 3, 1)
+    grid = F.affine_grid(affine, [batch, 1, 32, 32], False) + elastic.permute(0, 2, 3, 1)
     bitmap = (F.grid_sample(images, grid, align_corners=False) > 0.5).float()
     return (F.avg_pool2d(bitmap, 4) * 255).round().to(torch.uint8), y
 
 
 @cache
-def train_glyph_teacher(num_steps: int = 300, batch: int = 128) -> Student:
-    """A small network trained on digits of Pillow's font in four weights and four stroke widths."""
+def train_glyph_teacher(num_steps: int = 300, batch: int = 128) -> tuple[Student, Row]:
+    """A network trained on digits of Pillow's font in four weights and widths; its config."""
     preset, font, glyphs = preset_of("digits"), ImageFont.load_default(96), []
     for number in range(40):
         image, wider = Image.new("L", (160, 160)), number % 4 * 2
@@ -313,24 +311,20 @@ def train_glyph_teacher(num_steps: int = 300, batch: int = 128) -> Student:
         F.cross_entropy(logits, y).backward()
         optimizer.step()
         schedule.step()
-    return student
+    return student, preset._asdict() | {"classes": [*"0123456789"], "num_extra": 0}
 
 
-def label_with_network(part: Split, classes: list[str], todo: list[int], args: Args) -> Rows:
+def label_with_network(part: Split, classes: list, todo: list, args: Args) -> Rows:
     """Rows from a network of ours: the glyph teacher, or --student on data like its own."""
-    preset, backbone = preset_of("digits"), "cnn"
-    if args.teacher == "glyphs":
-        student = train_glyph_teacher()
-    else:
-        student, config = load_student(args.student)
-        preset = OWN["texts"]._replace(**{key: config[key] for key in ("size", "mean", "std")})
-        backbone, fits = config["backbone"], config["classes"] == classes
-        if not fits or config["num_extra"] or part.is_text == bool(preset.mean):
-            raise UserError(f"--student {args.student}: for other classes or data, or needs labels")
-    device, _ = setup_device(args.device, "off", backbone)
+    net, config = load_student(args.student) if args.teacher == "student" else train_glyph_teacher()
+    preset = Preset(**{name: config[name] for name in ("size", "mean", "std")})
+    fits = config["classes"] == classes and not config["num_extra"]
+    if not fits or part.is_text == bool(preset.mean):
+        raise UserError(f"--student {args.student}: for other classes or data, or needs labels")
+    device, _ = setup_device(args.device, "off", config["backbone"])
     for idx in torch.tensor(todo).split(500):
-        views = make_views(part.take(idx.numpy()), preset, backbone, device)
-        yield from rows_of(idx, predict(student.to(device), views)[0])
+        views = make_views(part.take(idx.numpy()), preset, config["backbone"], device)
+        yield from rows_of(idx, predict(net.to(device), views)[0])
 
 
 def load_model(kind: str, reader: str, args: Args, **options: Any) -> tuple[Any, Any, Any, int]:
@@ -344,7 +338,7 @@ def load_model(kind: str, reader: str, args: Args, **options: Any) -> tuple[Any,
     return model.to(device).eval().requires_grad_(False), reader, device, longest
 
 
-def label_by_cosine(part: Split, classes: list[str], todo: list[int], args: Args) -> Rows:
+def label_by_cosine(part: Split, classes: list, todo: list, args: Args) -> Rows:
     """p_k = softmax_k(scale * cosine(example, class k)); class k is a mean over templates, a text
     the mean over its tokens. The softmax cancels the bias of SigLIP's sigmoid."""
     names = [name.replace("_", " ") for name in classes]  # P3
@@ -408,7 +402,7 @@ def answer_log_probs(model: Any, ids: Tensor, mask: Tensor, answers: list[Tensor
     return torch.stack(columns, dim=1)
 
 
-def label_with_text_model(part: Split, classes: list[str], todo: list[int], args: Args) -> Rows:
+def label_with_text_model(part: Split, classes: list, todo: list, args: Args) -> Rows:
     """p_k = P(answer_k) / sum_j P(answer_j).  # P2"""
     texts, names = part.x, [name.replace("_", " ") for name in classes]  # P3
     question, end = args.prompt.replace("{options}", ", ".join(names)), "\n"
@@ -481,9 +475,7 @@ def spoken(text: str) -> str:
 
 
 def classify(status: int, headers: Any, body: bytes) -> Verdict:
-    """Decide what a reply of a chat endpoint means; the first line that fits decides. No answer:
-    label null. FIRST rows without one at the start, or IN_A_ROW later, end the run.
-
+    """What a reply of a chat endpoint means; the first line that fits decides.
     status                   body                              verdict           tries
     200                      an error, finish_reason error     as its code, else as 500
     200                      an answer (parts are joined)      answered
@@ -557,7 +549,7 @@ def judge(i: int, reply: Reply, classes: list, args: Args, key: str) -> tuple[Ve
     return verdict, row | {"raw": text[:2000], "label": label}
 
 
-def connect(args: Args) -> tuple[str, dict[str, str], str]:
+def connect(args: Args) -> tuple[str, Row, str]:
     """(address, headers, key) of the endpoint; "" is no key. Raises UserError for bad ones."""
     base, mark, query = args.base_url.partition("?")
     host = urllib.request.urlparse(base).hostname
@@ -610,7 +602,7 @@ def body_of(part: Split, i: int, question: str, options: Row, args: Args) -> Row
     return {"model": args.model, "messages": [{"role": "user", "content": content}], **options}
 
 
-def read_batch(path: str, todo: list[int]) -> dict[int, Reply]:
+def read_batch(path: str, todo: list) -> dict[int, Reply]:
     """Replies to open examples in a file of OpenAI's batch API or vLLM; counts all its lines."""
     replies, lines, index_of = {}, {}, {str(i): i for i in todo}
     for line in filter(bytes.strip, Path(path).read_bytes().splitlines()):
@@ -735,10 +727,11 @@ def load_arrays(path: Path) -> Row:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def read_answers(path: Path, part: Split, classes: list[str]) -> list[int | str]:
+def read_answers(path: Path, part: Split, classes: list) -> list[int | str]:
     """Column label (numbers, names) of a table in the order of the data: matched by a unique column
     text or file, else by column index, else by order. Raises ValueError for missing rows."""
     lines = read_table(path)
+    label = column_of(lines, LABELS)
     column, names = ("text", part.x) if part.is_text else ("file", part.files)
     key_of = str.strip if part.is_text else os.path.basename  # wherever the folder is
     keys = [key_of(str(line.get(column, ""))) for line in lines]
@@ -746,7 +739,7 @@ def read_answers(path: Path, part: Split, classes: list[str]) -> list[int | str]
         column, names, key_of = "index", range(len(lines)), int
         keys = [int(line.get(column, at)) for at, line in enumerate(lines)]
     print(f"{path}: rows are matched by {column if column in dict(*lines[:1]) else 'their order'}")
-    found = {key: label_in(line["label"], str(path)) for key, line in zip(keys, lines)}
+    found = {key: label_in(line.get(label), str(path)) for key, line in zip(keys, lines)}
     names = [key_of(name) for name in names]
     if missing := {*names} - {*keys}:
         raise ValueError(f"no row with {column} {min(missing)!s:.80}")
@@ -756,7 +749,7 @@ def read_answers(path: Path, part: Split, classes: list[str]) -> list[int | str]
     return [int(v) if v.isdecimal() and v not in classes else v for v in values]
 
 
-def label_of(value: Any, classes: list[str]) -> int | None:
+def label_of(value: Any, classes: list) -> int | None:
     """Class of a name or answer, of a number (-1: none) or of a row of probabilities."""
     if isinstance(value, str):
         return parse_answer(value, classes)
@@ -766,10 +759,10 @@ def label_of(value: Any, classes: list[str]) -> int | None:
     return None if label == -1 else label
 
 
-def label_from_file(part: Split, classes: list[str], todo: list[int], args: Args) -> Rows:
+def label_from_file(part: Split, classes: list, todo: list, args: Args) -> Rows:
     """Rows of labels made elsewhere. Raises UserError if they are for other or reordered data."""
     path = Path(args.input)
-    try:
+    with explained(f"--input {path}: could not be read", "expected .csv, .jsonl, .npy or .pt"):
         if path.suffix in (".csv", ".tsv", ".jsonl"):
             found = {"pred_labels": read_answers(path, part, classes)}
         else:
@@ -779,8 +772,6 @@ def label_from_file(part: Split, classes: list[str], todo: list[int], args: Args
         truth = found.get("gt_labels", found.get("decoded_labels", ()))
         labels, truth = ([label_of(v, classes) for v in column] for column in (values, truth))
         probs = np.asarray(found.get("probs", values if np.ndim(values) == 2 else ()))
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"--input {path}: could not be read: {reason_of(error)[:200]}") from None
     if len(labels) != len(part):
         raise UserError(f"--input {path}: {len(labels)} labels for {len(part)} examples")
     if any(t is not None and y not in (-1, t) for t, y in zip(truth, part.y)):
@@ -868,10 +859,10 @@ def label(data: Data, args: Args) -> Row:
     costs = [args.cost(row.get("usage", [0, 0])) for row in rows]
     left = math.inf if args.max_cost is None or args.batch_results else args.max_cost - sum(costs)
     todo = todo if max(costs, default=0.0) <= left else []  # one more might cost as much
-    more = [rows] if args.teacher == "chat" else []
     try:
         with file, tqdm(total=len(todo), desc=name, disable=None) as bar:
             args = replace(args, max_cost=left)
+            more = [rows] if teach is label_with_chat else []
             for row in teach(part, classes, todo, args, *more) if todo else ():
                 if "index" in row and row["index"] in tried:
                     row.setdefault("label", None)  # no answer in two runs
@@ -887,30 +878,24 @@ def label(data: Data, args: Args) -> Row:
 
 def summary(path: Path, rows: list[Row], y: np.ndarray, classes: list, args: Args) -> Row:
     """Print and return counts, tokens, cost, accuracy on known labels (percent), none is wrong."""
-    labels, probs = collect(path, rows, len(y), len(classes))
+    labels, _ = collect(path, rows, len(y), len(classes))
     used = np.sum([[0, 0], *(row.get("usage", [0, 0]) for row in rows)], axis=0).tolist()
-    done, none, soft = (int(these.sum()) for these in (labels > -2, labels == -1, probs[:, 0] >= 0))
-    known, right = (labels > -2) & (y >= 0), labels == y
-    total, cost = int(known.sum()), args.cost(used)
-    result = {"path": str(path), "labeled": done, "known": total, "tokens": used, "cost": cost}
-    result |= {"abstentions": none, "with_probs": soft}
-    result["accuracy"] = 100 * float(right[known].mean()) if total else None
-    share = f"{none} abstentions ({none / max(1, done):.1%}), {soft} with probs"
-    print(f"{path}: {done} of {len(y)} labeled, {share}")
-    print("labels per class:", class_counts(labels, classes))
+    done, none, cost = int((labels > -2).sum()), int((labels == -1).sum()), args.cost(used)
+    y_known, answers = y[known := (labels > -2) & (y >= 0)], labels[known]
+    result = {"path": str(path), "labeled": done, "known": len(answers), "abstentions": none}
+    result |= {"tokens": used, "cost": cost, "accuracy": None}
+    print(f"{path}: {done} of {len(y)} labeled, {none} abstentions ({none / max(1, done):.1%})\n"
+          f"labels per class: {class_counts(labels, classes)}")  # fmt: skip
     if any(used):
         scale = len(y) / max(1, len({row["index"] for row in rows if "index" in row}))
         for of, n in ("so far", 1), (f"estimate for all {len(y)}", scale):
             print(f"{of}: {n * used[0]:.0f} tokens in, {n * used[1]:.0f} out, cost {n * cost:.4f}")
-    if total:
-        share = share_right(int(right[known].sum()), total)
-        print(f"accuracy {share} known labels; by class, most mistakes first:")
-        kinds = (right, ~right & (labels >= 0), labels == -1)
-        good, bad, none = (np.bincount(y[known & kind], minlength=len(classes)) for kind in kinds)
-        for i in np.argsort(-bad - none, kind="stable")[:15]:
-            often = classes[np.bincount(labels[known & kinds[1] & (y == i)], minlength=1).argmax()]
-            said = f"  {classes[i]}: {good[i]} right, {bad[i]} wrong, {none[i]} without an answer"
-            print(said + f"; most often taken for {often}" * bool(bad[i]))
+    if total := len(answers):
+        right = int((answers == y_known).sum())
+        low, high = binomtest(right, total).proportion_ci(method="wilson")
+        result["accuracy"] = acc = 100 * right / total
+        print(f"accuracy {acc:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}) of {total}"
+              f" known labels\n{report_of(y_known, answers, classes)[0]}")  # fmt: skip
     return result
 
 
@@ -946,6 +931,24 @@ def default_labels(data: Data, data_dir: str, dataset: Any = None, test_file: An
     return found[0], test[0] if test else None
 
 
+def pictures_for(config: Row, files: Any, store: str) -> Split:
+    """Picture files as a student sees them (config: of `load_student`), decoded into `store`."""
+    preset = Preset(size=config["size"], pad=config["pad"])
+    part = decode(Split(np.array(files, object), np.full(len(files), -1)), store, preset, "test")
+    if len(config["mean"]) == 1:
+        part.x = rgb_to_grayscale(torch.tensor(part.x)).numpy()
+    return part
+
+
+def read_images(files: list, config: Row) -> Tensor:
+    """Input [n, C, size, size] of a student (config: of `load_student`). UserError: unreadable."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        x = torch.tensor(pictures_for(config, files, f"{folder}/new").x)
+    if len(x) < len(files):
+        raise UserError(f"{len(files) - len(x)} pictures cannot be read; leave them out")
+    return normalize(x / 255, config["mean"], config["std"])
+
+
 def answer_all(args: Args, config: Row) -> Row:
     """A student's answers to all rows of a table, or files of a folder, in --csv: its columns or
     file, then label, confidence, a probability per class ("predicted NAME" where NAME is taken);
@@ -956,18 +959,15 @@ def answer_all(args: Args, config: Row) -> Row:
     if out.resolve() == path.resolve():
         raise UserError(f"--csv {out} is an input; write to another file")
     rows = [{"file": file} for file in files_below(path)] if path.is_dir() else read_table(path)
-    column = column_of(rows, args.text_column)
-    names = [str(row.get(column) or "").encode("utf-8", "replace").decode().strip() for row in rows]
+    usual = f"{args.text_column},{config.get('columns', [''])[0]}"  # that it was trained on
+    column = column_of(rows, usual if is_text else "image,file")
+    names = [text_in(row.get(column)) for row in rows]
     if path.is_file() and not is_text:
         names = [name and str(path.parent / name) for name in names]
     x = np.array([*filter(None, names)], object)
-    part = Split(x, np.full(len(x), -1))
+    part, new = Split(x, np.full(len(x), -1)), content_hash(bytes(path.resolve()))
     if not is_text:
-        preset = PRESETS["cifar10"]._replace(size=config["size"], pad=config["pad"])
-        store = f"{args.data_dir}/decoded/new-{content_hash(os.path.realpath(path).encode())}"
-        part = decode(part, store, preset, "test")
-        if len(config["mean"]) == 1:
-            part.x = rgb_to_grayscale(torch.tensor(part.x)).numpy()
+        part = pictures_for(config, x, f"{args.data_dir}/decoded/new-{new}")
     made = list(label_with_network(part, classes, [*range(len(part))], args)) if len(part) else []
     keys = part.x if is_text else part.files
     answers = {k: [classes[r["label"]], max(r["probs"]), *r["probs"]] for k, r in zip(keys, made)}

@@ -69,9 +69,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common import (
-    LABELS, TEXTS, Run, Split, UserError, Views, batch_at, build_student, cli, data_parallel,
-    draw_labeled, explained, join, load_data, make_views, mean_over_processes, measured_part,
-    optimizer_of, predict, preset_of, pseudo_label_accuracy, resolve, seed_step, setup_device,
+    LABELS, RANK, TEXTS, Run, Split, UserError, Views, batch_at, build_student, cli, data_parallel,
+    draw_labeled, explained, join, load_data, make_views, mean_over_processes, optimizer_of,
+    predict, preset_of, pseudo_label_accuracy, resolve, seed_step, setup_device,
 )  # fmt: skip
 from pseudolabel import default_labels, read_labels
 
@@ -96,11 +96,12 @@ class Args:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 on GPUs that have it
     compile: bool = False  # torch.compile the student: a slow first step, then faster on GPUs
     log_every: int = 20  # steps from one printed line to the next
-    tensorboard: bool = False  # also log to TensorBoard in the run folder; needs the package
+    track: str | None = None  # tensorboard, trackio or wandb: log there, too; needs the package
     eval_every: int | None = None  # steps from one evaluation and checkpoint to the next
     # model
     backbone: str | None = None  # a name in common.NAMES, or a model of transformers (id, folder)
     weights: str | None = None  # of the encoder: file, folder or none; unset: the published ones
+    freeze: bool = False  # train the heads alone; the encoder stays as it is, in eval mode
     # optimization; unset values are the preset's (common.PRESETS)
     num_steps: int | None = None  # of stage 2; alone, it scales stage 1, warm-up, --eval-every
     num_steps_stage1: int | None = None  # updates of stage 1
@@ -348,23 +349,24 @@ def prior_from_file(path: str, classes: list[str]) -> Tensor:
 
 def write_review(path: Path, found: list, labeled: Any, y_zs: Any, part: Split, classes: list):
     """CSV of up to 200 examples that the teacher labels differently: labeled ones (wrong labels?),
-    least support first, then others, by the student's confidence (label these next?).
-    found: `predict` of the pool. Support: mean probability of the label on the 10 nearest examples
-    (features), because a student fits wrong labels, too, but seldom gives them to similar ones."""
-    (probs, z), rows = found, [["labeled", "label or student's", "teacher's", "example"]]
+    least support first, then others (label these next?), by their rank, the student's confidence.
+    found: `predict` of the pool. Support, 2 - rank: mean probability of the label on the 10 nearest
+    examples (features): a student fits wrong labels, too, but seldom gives them to similar ones."""
+    rows = [["labeled", "label or student's", "teacher's", "rank", "example"]]
+    (probs, z), names = found, part.x if part.is_text else part.files
     rank, label = probs.max(dim=1)
     label[labeled] = torch.from_numpy(part.y[labeled])
     nearest = KNeighborsRegressor(min(10, len(z))).fit(z, probs).predict(z[labeled])
     rank[labeled] = 2 - torch.tensor(nearest[range(len(labeled)), label[labeled]])
     for i in rank.argsort(descending=True).tolist():
         if label[i] != y_zs[i] >= 0:
-            example = part.x[i] if part.is_text else i if part.files is None else part.files[i]
-            rows.append([i in labeled, classes[label[i]], classes[y_zs[i]], example])
+            item = i if names is None else names[i]
+            rows.append([i in labeled, classes[label[i]], classes[y_zs[i]], rank[i].item(), item])
     with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
         csv.writer(file).writerows(rows[:201])
 
 
-def main(args: Args) -> dict[str, Any]:
+def main(args: Args) -> dict:
     """Train as `args` say; returns what is written to result.json. Raises UserError."""
     columns = args.text_column, args.label_column
     preset = preset_of(args.dataset, args.backbone, args.size, columns)
@@ -373,7 +375,7 @@ def main(args: Args) -> dict[str, Any]:
         raise UserError("--agreement and --prior change stage 2; leave them out with --stages 1")
     device, dtype = setup_device(args.device, args.amp, args.backbone)
     data = load_data(args.dataset, args.data_dir, args.test_file, preset)
-    K, prior = len(data.classes), None
+    K, prior, teacher_acc = len(data.classes), None, None
     labeled = draw_labeled(data.train.y, args.num_labels, K, args.seed)
     if args.prior not in ("labeled", "teacher"):  # read before a teacher is put to work
         prior = prior_from_file(args.prior, data.classes).to(device)
@@ -381,18 +383,15 @@ def main(args: Args) -> dict[str, Any]:
     if not args.pseudolabels:
         found = default_labels(data, args.data_dir, args.dataset, args.test_file)
         args.pseudolabels, args.pseudolabels_test = found[0], args.pseudolabels_test or found[1]
-    zero_shot, _ = read_labels(args.pseudolabels, data, "train")
-    teacher_acc = None
+    zero_shot, _ = read_labels(args.pseudolabels, data, "train", labeled)
     if args.pseudolabels_test:
         test_labels, _ = read_labels(args.pseudolabels_test, data, "test")
         teacher_acc = 100 * float((test_labels == data.test.y).mean())
     y_zs, y_lb_all = (torch.from_numpy(y).to(device) for y in (zero_shot, data.train.y[labeled]))
     if args.prior == "teacher":
         prior = teacher_shares(y_zs, y_lb_all, K)
-    test_part, measured = measured_part(data)
-    name = f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}"
-    run = Run(name, vars(args), device, dtype)
-    run.describe(data, labeled, measured, zero_shot)
+    run = Run(f"zeromatch-{data.name}-{args.num_labels}-seed{args.seed}", vars(args), device, dtype)
+    test_part = run.describe(data, labeled, zero_shot)
     train, test = (make_views(x, preset, args.backbone, device) for x in (data.train, test_part))
     train.y[labeled] = -1  # monitor pseudo-labels on hidden labels only
 
@@ -406,13 +405,14 @@ def main(args: Args) -> dict[str, Any]:
     if args.stages != "1":
         seed_step(args.seed, "auxiliary head", 0)
         student.add_kd_head()  # ... while auxiliary head, optimizer, schedule, marginals are new
-        lb = torch.from_numpy(labeled), y_lb_all
-        evaluated = train_stage2(student, *lb, y_zs, train, test, prior, args, run)
+        idx = torch.from_numpy(labeled)
+        evaluated = train_stage2(student, idx, y_lb_all, y_zs, train, test, prior, args, run)
 
-    pool = predict(evaluated, train, run.autocast), labeled, zero_shot, data.train, data.classes
-    write_review(run.folder / "review.csv", *pool)
-    names = {1: "stage 1 (pseudo-supervision)", 2: "stage 2 (ZeroMatch)"}
-    lines = {"teacher (zero-shot)": teacher_acc} | {names[k]: run.accuracy(k) for k in run.history}
+    found = predict(evaluated, train, run.autocast)
+    if not RANK:
+        write_review(run.folder / "review.csv", found, labeled, zero_shot, data.train, data.classes)
+    lines = {"teacher (zero-shot)": teacher_acc, "stage 1 (pseudo-supervision)": run.accuracy(1)}
+    lines |= {"stage 2 (ZeroMatch)": run.accuracy(2)}
     return run.finish(evaluated, test, lines, teacher_acc=teacher_acc, stage1_acc=run.accuracy(1))
 
 

@@ -29,7 +29,7 @@ def digits_labels(folder, seed=0):
 
 def digits_views(part="train"):
     split = common.load_data("digits", "data").part(part)
-    return common.Views(split, common.preset_of("digits"), torch.device("cpu"))
+    return common.Views(split, common.preset_of("digits"), "cnn", torch.device("cpu"))
 
 
 def new_student(key="weights", seed=0):
@@ -41,8 +41,7 @@ def new_student(key="weights", seed=0):
 def save_untrained(folder, backbone, preset, classes, num_extra=0):
     """A student's folder without training; returns the student."""
     student = common.build_student(backbone, preset, len(classes), num_extra).eval()
-    config = {name: getattr(preset, name) for name in ("size", "pad", "mean", "std")}
-    config |= {"dataset": "any", "backbone": backbone, "classes": classes, "num_extra": num_extra}
+    config = student.config | {"dataset": "any", "classes": classes}
     folder.parent.mkdir(parents=True, exist_ok=True)
     common.save_student(folder, student, config)
     return student

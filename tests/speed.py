@@ -108,7 +108,7 @@ def measure_views(preset: str, stored: int, pairs: int, repeats: int) -> dict[st
 
     output: seconds to turn ready bytes into the two normalized batches, which nothing can save."""
     split, recipe = photos(max(64, pairs), stored), common.PRESETS[preset]
-    ours, theirs = common.Views(split, recipe, CPU), PillowViews(split, recipe)
+    ours, theirs = common.Views(split, recipe, "cnn", CPU), PillowViews(split, recipe)
     idx = torch.arange(pairs)
     ready = torch.randint(256, (pairs, 3, recipe.size, recipe.size), dtype=torch.uint8)
     return in_turn({
@@ -172,7 +172,7 @@ def shipped_steps(case: SimpleNamespace, num_steps: int) -> None:
     run.save = lambda *given, **parts: None  # checkpoints are written every few thousand steps
     first, rest = (case.student, labeled, case.y[labeled]), (case.views, case.few)
     with contextlib.redirect_stdout(io.StringIO()):
-        run.describe(data, labeled.numpy(), "labeled_acc")
+        run.describe(data, labeled.numpy())
         if case.script is zeromatch:
             zeromatch.train_stage2(*first, case.y, *rest, None, args, run)
         elif case.script is adamatch:
@@ -267,7 +267,7 @@ sys.path.insert(0, sys.argv[1])
 import common
 x = np.memmap(sys.argv[2], np.uint8, "r").reshape(-1, 3, 32, 32)
 split = common.Split(x, np.zeros(len(x), np.int64))
-views = common.Views(split, common.PRESETS["cifar10"], torch.device("cpu"))
+views = common.Views(split, common.PRESETS["cifar10"], "cnn", torch.device("cpu"))
 def resident():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))

@@ -246,7 +246,8 @@ def tried(folder, model, size=32):
     model.save_pretrained(folder)
     pictures = np.random.RandomState(0).randint(0, 255, (2, 3, size, size), dtype=np.uint8)
     preset = common.Preset(size=size)
-    views = common.Views(common.Split(pictures, np.zeros(2, int)), preset, torch.device("cpu"))
+    split = common.Split(pictures, np.zeros(2, int))
+    views = common.Views(split, preset, "cnn", torch.device("cpu"))
     return common.build_student(str(folder), preset, 2, weights=None, parts=(views,))
 
 
@@ -369,7 +370,7 @@ def test_evaluation_takes_few_large_pictures_at_a_time(side, batch):
     x = np.zeros((1, 1 if side == 8 else 3, side, side), np.uint8)
     split = common.Split(x, np.zeros(1, np.int64))
     preset = common.preset_of("cifar10")._replace(size=side)
-    views = common.Views(split, preset, torch.device("cpu"))
+    views = common.Views(split, preset, "cnn", torch.device("cpu"))
     assert views.batch == batch
 
 

@@ -187,7 +187,8 @@ def test_letters_and_pictures_go_into_the_file_too(tmp_path):
     assert picture["image_url"]["url"].startswith("data:image/jpeg;base64,")
     token = {"token": "B", "logprob": -0.1, "top_logprobs": [{"token": "B", "logprob": -0.1}]}
     reply = answer("B", logprobs={"content": [token]})
-    assert read(data, tmp_path, [line_of(0, reply)], logprobs=True)["with_probs"] == 1
+    path = read(data, tmp_path, [line_of(0, reply)], logprobs=True)["path"]
+    assert sum('"probs"' in line for line in open(path)) == 1
     assert counts(tmp_path) == {"sports": 1}
 
 

@@ -52,14 +52,16 @@ def test_the_small_cnn_brings_its_recipe_to_published_images():
 
 GIVEN = dict.fromkeys(("num_steps", "num_steps_stage1", "warmup_steps", "eval_every"))
 GIVEN |= {"batch_size": None, "lr": None, "seed": 0, "num_labels": None, "tau": 0.95}
+GIVEN |= {"layer_decay": None, "freeze": False}
 
 
 def test_the_preset_fills_only_what_is_unset_and_scales_with_the_steps():
     filled = resolve(GIVEN | {"lr": 0.5}, DIGITS)
     assert filled == GIVEN | {
         "num_steps": 800, "num_steps_stage1": 400, "warmup_steps": 40, "eval_every": 40,
-        "batch_size": 16, "lr": 0.5, "num_labels": 10,
+        "batch_size": 16, "lr": 0.5, "num_labels": 10, "layer_decay": 1.0,
     }  # fmt: skip
+    assert resolve(GIVEN | {"freeze": True}, common.PRESETS["cifar100"])["layer_decay"] == 0
     half = resolve(GIVEN | {"num_steps": 400, "eval_every": 7}, DIGITS)
     assert (half["num_steps_stage1"], half["warmup_steps"], half["eval_every"]) == (200, 20, 7)
     tiny = resolve(GIVEN | {"num_steps": 1}, DIGITS)
@@ -179,18 +181,25 @@ def test_a_warm_up_beyond_the_training_is_refused_and_no_range_hides_another():
         resolve(GIVEN | {"num_steps": 1, "tau": 7}, DIGITS)
 
 
-def test_without_a_test_part_known_training_labels_are_measured():
+def measured_part(folder, data):
+    """(what Run.describe says is to be evaluated, its name)."""
+    args = {"runs_dir": str(folder), "resume": None, "track": None, "log_every": 1}
+    run = common.Run("run", args, torch.device("cpu"), None)
+    return run.describe(data, np.arange(1)), run.measured
+
+
+def test_without_a_test_part_known_training_labels_are_measured(tmp_path):
     x, y = np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8), np.array([0, -1, 1, -1])
     train = common.Split(x, y)
     data = common.Data("own", ["a", "b"], train, None)
-    part, measured = common.measured_part(data)
+    part, measured = measured_part(tmp_path, data)
     assert measured == "labeled_acc" and sorted(part.y.tolist()) == [0, 1]
     assert np.array_equal(part.x, x[2 * part.y])
     many = common.Split(np.zeros((9000, 1, 8, 8), np.uint8), np.arange(9000) // 1000)  # by class
-    part, _ = common.measured_part(common.Data("own", [*"abcdefghi"], many, None))
+    part, _ = measured_part(tmp_path, common.Data("own", [*"abcdefghi"], many, None))
     assert len(part) == 2000 and len(set(part.y.tolist())) == 9
     whole = common.Data("own", ["a", "b"], train, train.take(np.array([2])))
-    assert common.measured_part(whole)[1] == "test_acc"
+    assert measured_part(tmp_path, whole) == (whole.test, "test_acc")
 
 
 @pytest.mark.parametrize("failure", [TypeError("no bytes"), OSError(28, "No space left on device")])

@@ -27,7 +27,7 @@ def test_views_are_those_of_the_cpu(dataset, side):
     x = np.random.RandomState(0).randint(0, 256, (64, len(preset.mean), side, side), np.uint8)
     split, idx, made = common.Split(x, np.zeros(64, np.int64)), torch.arange(63, -1, -1), []
     for device in (CPU, GPU):
-        views = common.Views(split, preset, device)
+        views = common.Views(split, preset, "cnn", device)
         common.seed_step(0, "stage", 7)
         made.append([view(idx).cpu() for view in (views.weak, views.strong, views.plain)])
     for name, one, other in zip(("weak", "strong", "plain"), *made, strict=True):

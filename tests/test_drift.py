@@ -16,7 +16,7 @@ OWN = {"main", "forward"}  # same name, another job
 METHOD_DEFAULTS = {"tau"}  # the field's default may differ between methods
 SAME_WORDS = (
     "dataset test_file text_column label_column num_labels seed data_dir runs_dir resume device "
-    "amp compile log_every tensorboard eval_every backbone weights batch_size optimizer lr "
+    "amp compile log_every track eval_every backbone weights freeze batch_size optimizer lr "
     "weight_decay layer_decay ema_decay lambda_u"
 ).split()
 each_script = pytest.mark.parametrize("module", SCRIPTS, ids=lambda m: m.__name__)

@@ -102,7 +102,7 @@ def test_assignment_target_and_kl_match_a_calculation_by_hand():
 
 
 def new_run(folder):
-    args = {"runs_dir": str(folder), "resume": None, "tensorboard": False}
+    args = {"runs_dir": str(folder), "resume": None, "track": None}
     args |= {"log_every": 20, "eval_every": 20}
     run = common.Run("run", args, torch.device("cpu"), None)
     run.counts = torch.zeros(8)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ import pseudolabel
 import zeromatch
 from common import UserError
 
-HEADER = ["labeled", "label or student's", "teacher's", "example"]
+HEADER = ["labeled", "label or student's", "teacher's", "rank", "example"]
 
 
 def read_csv(path):
@@ -54,10 +55,14 @@ def test_doubtful_labels_come_first_then_confident_differences(tmp_path):
     y_zs[12] = 0  # ... and about a labeled one, whose neighbors support its label
     y_zs[7], y_zs[2] = -1, -1  # no answer
     rows = review(tmp_path, probs, features, [2, 3, 12], y, y_zs)
-    assert rows == [
+    assert [[*row[:3], row[4]] for row in rows] == [
         ["True", "dog", "cat", "3"], ["True", "dog", "cat", "12"], ["False", "cat", "dog", "6"],
         ["False", "cat", "dog", "5"],
     ]  # fmt: skip
+    # 2 - support: of dog, among the 10 examples nearest to 3 (0 to 9, itself included)
+    support = (7 * 0.1 + 0.99 + 0.4 + 0.05) / 10
+    ranks = [2 - support, 2 - 0.8, 0.95, 0.6]
+    assert [float(row[3]) for row in rows] == pytest.approx(ranks, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["texts", "pictures"])
@@ -71,7 +76,7 @@ def test_a_review_names_texts_and_files_and_has_200_rows_at_most(tmp_path, kind)
     features = np.random.RandomState(0).randn(n, 2).astype(np.float32)
     rows = review(tmp_path, probs, features, [0, 1, 2, 3], part.y, [0] * n, part)
     assert len(rows) == 200 and {row[0] for row in rows[:2]} == {"True"}
-    assert all(row[3] in names for row in rows) and rows[2][0] == "False"
+    assert all(row[4] in names for row in rows) and rows[2][0] == "False"
 
 
 def test_a_pool_smaller_than_ten_can_be_reviewed(tmp_path):
@@ -90,7 +95,7 @@ def test_five_wrong_labels_of_digits_are_among_the_first_twenty_rows(tmp_path, m
     args = {"num_labels": 40, "seed": seed, "num_steps": 200, "runs_dir": str(tmp_path)}
     zeromatch.main(zeromatch.Args(**args, data_dir=str(tmp_path)))
     _, *rows = read_csv(only_run(tmp_path) / "review.csv")
-    assert len({int(row[3]) for row in rows[:20]} & set(wrong.tolist())) >= 4
+    assert len({int(row[4]) for row in rows[:20]} & set(wrong.tolist())) >= 4
 
 
 # ---------------------------------------------------------------------------- the probe
@@ -146,9 +151,9 @@ def reviews(tmp_path):
 
 
 def test_other_columns_are_shown_and_can_be_named(tmp_path, reviews):
-    with pytest.raises(UserError, match="found columns my review, stars.*--text-column"):
+    with pytest.raises(UserError, match="found columns My Review, Stars.*--text-column"):
         common.preset_of(reviews)
-    with pytest.raises(UserError, match="found columns my review, stars; expected label or"):
+    with pytest.raises(UserError, match="found columns My Review, Stars; expected label,"):
         common.preset_of(reviews, columns=("my review", common.LABELS))
     preset = common.preset_of(reviews, columns=("My Review", "stars"))
     data = common.load_data(reviews, str(tmp_path), None, preset)
@@ -222,6 +227,164 @@ def test_answers_in_python_are_those_of_the_csv(tmp_path):
     assert len(rows) == 5
     for file, label, *numbers in rows:
         assert answers[file] == [label, *map(float, numbers)]
+
+
+@pytest.mark.parametrize("gray", [False, True])
+def test_read_images_gives_a_student_what_the_csv_answers_were_made_of(tmp_path, gray):
+    """Also for tall and gray pictures, of a student with and one without a cropped border."""
+    preset = common.OWN["pictures"]._replace(size=16, pad=0 if gray else 2)
+    if gray:
+        preset = preset._replace(mean=(0.3,), std=(0.4,))
+    save_untrained(tmp_path / "s", "cnn", preset, ["cat", "dog"])
+    (tmp_path / "new").mkdir()
+    files = []
+    for i, size in enumerate(((20, 24, 3), (40, 17, 3), (16, 16))):
+        noise = np.random.RandomState(i).randint(0, 256, size).astype(np.uint8)
+        files.append(str(tmp_path / "new" / f"{i}.png"))
+        Image.fromarray(noise).save(files[-1])
+    args = pseudolabel.Args(str(tmp_path / "new"), teacher="student", student=str(tmp_path / "s"))
+    args.data_dir, args.csv = str(tmp_path), str(tmp_path / "out.csv")
+    answers = pseudolabel.main(args)["answers"]
+    student, config = common.load_student(tmp_path / "s")
+    probs = student(pseudolabel.read_images(files, config))[0].softmax(dim=1)
+    for file, row in zip(files, probs.tolist(), strict=True):
+        assert answers[file][2:] == pytest.approx(row, abs=1e-4)
+    (tmp_path / "new" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="1 pictures cannot be read"):
+        pseudolabel.read_images([*files, str(tmp_path / "new" / "3.png")], config)
+
+
+def test_a_student_looks_for_texts_in_the_column_it_was_trained_on(tmp_path):
+    folder = tiny_models.encoder(tmp_path / "bert")
+    preset = common.OWN["texts"]._replace(size=16, columns=("Ticket", common.LABELS))
+    save_untrained(tmp_path / "s", str(folder), preset, ["cat", "dog"])
+    (tmp_path / "new.csv").write_text("ID,Ticket\n7,a good film\n8,bad\n")
+    args = pseudolabel.Args(str(tmp_path / "new.csv"), teacher="student", student=f"{tmp_path}/s")
+    args.data_dir, args.csv = str(tmp_path), str(tmp_path / "out.csv")
+    assert set(pseudolabel.main(args)["answers"]) == {"a good film", "bad"}
+    header, *rows = read_csv(args.csv)
+    assert header[:3] == ["ID", "Ticket", "label"] and [row[0] for row in rows] == ["7", "8"]
+
+
+def test_a_student_of_pictures_says_that_a_table_of_texts_has_none(tmp_path):
+    save_untrained(tmp_path / "s", "cnn", common.OWN["pictures"], ["cat", "dog"])
+    (tmp_path / "new.csv").write_text("Text\n" + "a long text " * 99 + "\n")
+    args = pseudolabel.Args(str(tmp_path / "new.csv"), teacher="student", student=f"{tmp_path}/s")
+    args.csv = str(tmp_path / "out.csv")
+    with pytest.raises(UserError, match="found columns Text; expected image,file"):
+        pseudolabel.main(args)
+
+
+# ---------------------------------------------------------------------------- own pictures
+
+
+def picture_set(folder, per_class=3, suffix="png"):
+    """Two classes of noise; the files' names."""
+    names = []
+    for k, name in enumerate(("cat", "dog")):
+        (folder / "train" / name).mkdir(parents=True)
+        for i in range(per_class):
+            noise = np.random.RandomState(9 * k + i).randint(0, 256, (64, 64, 3)).astype(np.uint8)
+            names.append(folder / "train" / name / f"{i}.{suffix}")
+            Image.fromarray(noise).save(names[-1])
+    return names
+
+
+def test_a_jpeg_that_was_cut_off_is_used_and_named(tmp_path, capsys):
+    names = picture_set(tmp_path / "pets", suffix="jpg")
+    whole = common.read_picture(names[1])
+    names[1].write_bytes(names[1].read_bytes()[:-900])
+    names[4].write_bytes(names[4].read_bytes()[:40])  # nothing can be read of it
+    data = common.load_data(str(tmp_path / "pets"), str(tmp_path))
+    said = capsys.readouterr().out
+    assert len(data.train) == 5 and str(names[1]) in data.train.files
+    assert f"used a part of picture {names[1]} (image file is truncated" in said
+    assert f"left out picture {names[4]} (" in said and said.count("picture") == 2
+    preset = common.preset_of(str(tmp_path / "pets"), "a teacher")
+    found = data.train.x[list(data.train.files).index(str(names[1]))]
+    side = round(preset.size / 0.875)
+    expected = np.asarray(whole.resize((side, side))).transpose(2, 0, 1)
+    top = np.abs(found[:, :100].astype(int) - expected[:, :100])
+    assert top.mean() < 12 and np.ptp(found[:, -3:]) < 8  # noise above, one gray below
+    common.load_data(str(tmp_path / "pets"), str(tmp_path))
+    assert "used a part of" in capsys.readouterr().out  # also when it comes from the cache
+
+
+def test_one_line_says_what_is_odd_in_a_folder(tmp_path, monkeypatch, capsys):
+    names = picture_set(tmp_path / "pets")
+    shutil.copy(names[0], tmp_path / "pets" / "train" / "dog" / "copy.png")  # in two classes
+    (tmp_path / "pets" / "val" / "cat").mkdir(parents=True)
+    (tmp_path / "pets" / ".cache").mkdir()
+    (tmp_path / "pets" / "train" / "unlabeled").mkdir()
+    shutil.copy(names[1], tmp_path / "pets" / "train" / "unlabeled" / "x.png")
+    data = common.load_data(str(tmp_path / "pets"), str(tmp_path))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ", 1)[1] for line in said] == [
+        "not used: val; expected train/, unlabeled/, test/",
+        "1 labeled examples have a copy with another label",
+    ]
+    assert data.classes == ["cat", "dog"] and (data.train.y == -1).sum() == 1
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    common.load_data("digits", str(tmp_path))
+    said = capsys.readouterr().out
+    assert said == "--dataset digits is the published set; for your folder, write ./digits\n"
+
+
+def test_texts_with_two_labels_are_told_too(tmp_path, capsys):
+    rows = "text,label\na,1\nb,2\na,2\na,1\nb,\nc,2\n"
+    (tmp_path / "t.csv").write_text(rows)
+    common.load_data(str(tmp_path / "t.csv"), str(tmp_path))
+    assert "1 labeled examples have a copy with another label" in capsys.readouterr().out
+    (tmp_path / "t.csv").write_text("text,label\na,1\nb,2\na,1\nb,\n")
+    common.load_data(str(tmp_path / "t.csv"), str(tmp_path))
+    assert "copy with another" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- frozen encoders
+
+
+@pytest.mark.parametrize("script", [zeromatch, adamatch, kd_fixmatch])
+def test_a_frozen_encoder_stays_as_it_is_while_the_heads_learn(tmp_path, monkeypatch, script):
+    """Weights and batch statistics; in eval mode, and without gradient, at every step."""
+    steps = []
+
+    def spy(run, *given, **values):
+        steps.append(values["loss"].requires_grad)
+
+    monkeypatch.setattr(common.Run, "log", spy)
+    args = {"num_steps": 12, "freeze": True, "runs_dir": str(tmp_path), "data_dir": "data"}
+    torch.manual_seed(0)
+    modes, real = [], common.Student.forward
+    monkeypatch.setattr(
+        common.Student, "forward",
+        lambda self, *x: modes.append((self.training, self.encoder.training)) or real(self, *x),
+    )  # fmt: skip
+    more = {"device": "cpu"} | ({"outer_only": True} if script is kd_fixmatch else {})
+    script.main(script.Args(**args | more))
+    student, _ = common.load_student(only_run(tmp_path) / "student")
+    common.seed_step(0, "weights", 0)
+    fresh = common.build_student("cnn", common.PRESETS["digits"], 10)
+    trained = dict(student.named_parameters()) | dict(student.named_buffers())
+    for name, value in [*fresh.named_parameters(), *fresh.named_buffers()]:
+        assert torch.equal(trained[name], value) == name.startswith("encoder."), name
+    first = modes.index((True, False))  # before that, build_student tries the network
+    assert (True, True) not in modes[first:] and len(steps) >= 12 and all(steps)
+
+
+def test_below_a_frozen_encoder_there_is_no_gradient():
+    student = new_student()
+    common.optimizer_of(student, "sgd", 0.1, 0.0, 0.0)
+    x = digits_views().plain(torch.arange(4))
+    student.train()(x)[0].sum().backward()
+    assert all(p.grad is None for p in student.encoder.parameters())
+    assert student.head.weight.grad is not None and not student(x)[2].requires_grad
+    common.optimizer_of(student, "sgd", 0.1, 0.0, 1.0)  # and back
+    student.train()(x)[0].sum().backward()
+    assert all(p.grad is not None for p in student.encoder.parameters())
+
+
+# ---------------------------------------------------------------------------- ONNX
 
 
 def test_an_exported_student_answers_as_before(tmp_path):

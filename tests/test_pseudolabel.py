@@ -464,9 +464,9 @@ def test_csv_with_names_numbers_or_nothing(tmp_path, lines, labels):
     "name, content, message",
     [
         ("l.csv", "label\ndog\n", "1 labels for 4 examples"),
-        ("l.csv", "label\ncat\ndog\nhen\ncat\n", "could not be read: label hen, expected names"),
+        ("l.csv", "label\ncat\ndog\nhen\ncat\n", "could not be read .label hen, expected names"),
         ("l.csv", "label\n0\n1\n2\n3\n", "label 3, expected -1 to 2"),
-        ("l.csv", "name\ncat\n", "could not be read"),
+        ("l.csv", "name\ncat\n", "could not be read .found columns name; expected label"),
         ("l.csv", "", "0 labels for 4"),
         ("l.csv", "index,label\n0,cat\n1,cat\n2,cat\n4,cat\n", "no row with index 3"),
         ("l.csv", "index,label\n0,cat\n0,cat\n1,cat\n2,cat\n", "could not be read"),
@@ -585,7 +585,7 @@ def test_the_command_line_labels_digits_by_a_clip_folder(tmp_path, monkeypatch, 
     args = Args("digits", split="test", teacher="clip", model=folder, data_dir=str(tmp_path))
     result = pseudolabel.main(args)
     assert result["path"] == str(tmp_path / "labels" / "digits-test-clip.jsonl")
-    assert result["labeled"] == result["known"] == result["with_probs"] == 500
+    assert result["labeled"] == result["known"] == 500
     header = read_rows(Path(result["path"]))[0]
     assert header["model"] == folder and header["prompt"] == "This is a photo of {label}."
     assert f"accuracy {result['accuracy']:.2f} % (95 % interval" in capsys.readouterr().out

@@ -93,6 +93,7 @@ class Run:
 
     def describe(self, data, labeled, *_):
         self.labeled = torch.from_numpy(labeled)
+        return data.test
 
     def autocast(self):
         return nullcontext()
@@ -163,7 +164,7 @@ def made_up(statistics, monkeypatch, script, folder):
     monkeypatch.setattr(script, "make_views", Views)
     monkeypatch.setattr(script, "Run", run)
     for module in {script, pseudolabel} - {am, kd}:
-        monkeypatch.setattr(module, "read_labels", lambda path, data, part: (y_zs[part], None))
+        monkeypatch.setattr(module, "read_labels", lambda path, data, part, *_: (y_zs[part], None))
     return run, data, torch.from_numpy(y_zs["train"]), student
 
 

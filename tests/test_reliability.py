@@ -346,7 +346,7 @@ BAD_INPUT = [
     ("zeromatch --dataset one", "one: found classes .'a'.; expected 2"),
     ("zeromatch --dataset extra", "extra/test: has labels .'c'"),
     ("zeromatch --dataset unread", "unread.*none of the 2"),
-    ("zeromatch --dataset columns.csv", "found columns a, b; expected text or .*--text-column"),
+    ("zeromatch --dataset columns.csv", "found columns a, b; expected text,ori.*--text-column"),
     ("zeromatch --dataset commas.csv", "commas.csv.*row 1.*quote"),
     ("zeromatch --dataset latin.csv", "latin.csv.*utf-8"),
     ("zeromatch --dataset empty.csv", "empty.csv: found classes ..; expected 2"),

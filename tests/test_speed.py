@@ -17,7 +17,7 @@ def test_functions_are_called_in_turn_and_the_first_round_is_left_out():
 
 def test_both_pipelines_give_batches_of_the_same_shape_and_scale():
     split, preset = speed.photos(16, 32), common.PRESETS["cifar100"]
-    ours, theirs = common.Views(split, preset, speed.CPU), speed.PillowViews(split, preset)
+    ours, theirs = common.Views(split, preset, "cnn", speed.CPU), speed.PillowViews(split, preset)
     idx = torch.arange(16)
     for view in ("weak", "strong"):
         a, b = getattr(ours, view)(idx), getattr(theirs, view)(idx)

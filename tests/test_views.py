@@ -145,7 +145,7 @@ def test_the_strong_view_is_weak_view_operations_and_cutout_row_by_row():
     assert (strong != weak).flatten(1).any(dim=1).float().mean() > 0.95
     alone = [strong_of(x[i : i + 1], u[i : i + 1], 32, 4, 1) for i in range(40)]
     assert torch.equal(strong, torch.cat(alone))
-    views = Views(Split(x.numpy(), np.zeros(40, np.int64)), preset_of("cifar10"), CPU)
+    views = Views(Split(x.numpy(), np.zeros(40, np.int64)), preset_of("cifar10"), "cnn", CPU)
     common.seed_step(0, "stage", 5)
     expected = views.normalized(strong_of(x, common.uniform(40, 12), 32, 4, 1))
     common.seed_step(0, "stage", 5)
@@ -155,7 +155,7 @@ def test_the_strong_view_is_weak_view_operations_and_cutout_row_by_row():
 def test_strong_views_of_images_without_border_show_a_random_part():
     preset = preset_of("flowers102")._replace(size=24)
     x, idx = natural_images(8, 3, 28), torch.tensor([5, 2])
-    views = Views(Split(x.numpy(), np.zeros(8, np.int64)), preset, CPU)
+    views = Views(Split(x.numpy(), np.zeros(8, np.int64)), preset, "cnn", CPU)
     common.seed_step(0, "stage", 5)
     u, crop = common.uniform(2, 12), RandomResizedCrop(24)
     crops = torch.stack([crop(x[5]), crop(x[2])])
@@ -168,7 +168,7 @@ def test_strong_views_of_images_without_border_show_a_random_part():
 def test_views_are_normalized_and_larger_images_cut(dataset, stored):
     preset = preset_of(dataset)
     x = natural_images(5, len(preset.mean), stored)
-    views = Views(Split(x.numpy(), np.arange(5)), preset, CPU)
+    views = Views(Split(x.numpy(), np.arange(5)), preset, "cnn", CPU)
     mean, std = (torch.tensor(row).view(1, -1, 1, 1) for row in (preset.mean, preset.std))
     idx, edge = torch.tensor([3, 1]), (stored - preset.size) // 2
     part = x[idx][:, :, edge : stored - edge, edge : stored - edge]
@@ -184,7 +184,7 @@ def test_views_are_normalized_and_larger_images_cut(dataset, stored):
 def test_a_set_of_more_than_a_gibibyte_is_read_from_its_file(tmp_path):
     shape = (2**30 // 3072 + 1, 3, 32, 32)
     x = np.memmap(tmp_path / "x.raw", np.uint8, "w+", shape=shape)  # a sparse file of zeros
-    views = Views(Split(x, np.zeros(len(x), np.int64)), preset_of("cifar10"), CPU)
+    views = Views(Split(x, np.zeros(len(x), np.int64)), preset_of("cifar10"), "cnn", CPU)
     x[-2] = 200  # later: seen only if nothing was copied
     pixels = views.pixels(torch.tensor([len(x) - 2, 0]))
     assert pixels.shape == (2, 3, 32, 32) and (pixels[0] == 200).all() and not pixels[1].any()
