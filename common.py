@@ -637,9 +637,8 @@ def decode(split: Split, store: str, preset: Preset, part: str, test_keys: Any =
         write_atomically(note, json.dumps([recipe, *found]).encode())
     keys, troubles = np.array(found, str).reshape(-1, 2).T
     kept = (keys != "") & ~among(keys, copies)
-    for name, key, trouble in zip(names, keys, troubles):
-        if trouble:
-            print(f"{'used a part of' if key else 'left out'} picture {name} ({trouble})")
+    for i in np.flatnonzero(keys == ""):
+        print(f"left out unreadable picture {names[i]} ({troubles[i]})")
     if not kept.any():
         raise UserError(f"{store}: none of the {len(names)} {part} pictures can be used")
     x = np.memmap(path, np.uint8, "c").reshape(-1, *shape)  # torch warns of read-only ones
@@ -647,36 +646,37 @@ def decode(split: Split, store: str, preset: Preset, part: str, test_keys: Any =
 
 
 def decode_one(file: str, side: int, shape: tuple) -> tuple[bytes, str, str]:
-    """(a picture [C, H, W] in bytes, hash of its full pixels, what is wrong: "" or a reason)."""
+    """(a picture [C, H, W] in bytes, hash of its full pixels, ""), or two empty ones and why."""
     try:
-        image, trouble = read_picture(file), ""
+        image = read_picture(file)
     except Exception as error:  # damaged files make Pillow raise errors of many kinds
-        trouble = reason_of(error)
-        try:
-            image = read_picture(io.BytesIO(Path(file).read_bytes() + b"\xff\xd9"))  # a cut JPEG
-        except Exception:
-            return b"", "", trouble
+        return b"", "", reason_of(error)
     fitted = functional.resize(image, [side] if shape[1] < side else [side, side])
     pixels = np.asarray(functional.center_crop(fitted, shape[1:])).transpose(2, 0, 1)
     content = image.tobytes() + str(image.size).encode()
-    return pixels.tobytes(), content_hash(content), trouble
+    return pixels.tobytes(), content_hash(content), ""
 
 
 def read_picture(file: Any) -> Image.Image:
     """Any picture as 8-bit RGB, turned as its EXIF data say, on white where it is transparent."""
-    with Image.open(file) as image:
-        with suppress(Exception):  # damaged EXIF data: not turned
-            image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # more than 8 bits, which convert would clip: scaled by range
-            x = np.array(image, float)
-            x -= min(0, x.min())
-            usual = (top for top in (1, 255, 4095, 65535) if top / 16 < x.max() <= top)
-            x *= 255 / next(usual, x.max() or 1)
-            image = Image.fromarray(np.rint(x).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    image = Image.open(file)
+    try:
+        image.load()
+    except Exception as error:  # a JPEG that was cut off can be read with its end mark
+        print(f"picture {file} is damaged ({reason_of(error)})")
+        image = Image.open(io.BytesIO(Path(file).read_bytes() + b"\xff\xd9"))
+    with suppress(Exception):  # damaged EXIF data: not turned
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # more than 8 bits, which convert would clip: scaled by range
+        x = np.array(image, float)
+        x -= min(0, x.min())
+        usual = (top for top in (1, 255, 4095, 65535) if top / 16 < x.max() <= top)
+        x *= 255 / next(usual, x.max() or 1)
+        image = Image.fromarray(np.rint(x).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def class_counts(y: ndarray, classes: list[str]) -> str:
@@ -1239,7 +1239,7 @@ class Run:
             known = RandomState(0).permutation(np.flatnonzero(data.train.y >= 0))
             self.measured, measured = "labeled_acc", data.train.take(known[:2000])
         print(*(f"{name} {value}" for name, value in self.args.items() if value is not None))
-        print(f"{self.folder} on {self.device}, autocast {self.dtype}\n{len(labeled)} "
+        print(f"{self.folder} on {self.device}, amp {self.dtype}; {self.measured}\n{len(labeled)} "
               f"labeled, {len(data.train)} unlabeled (with labeled), {len(data.test or ())} test; "
               f"labels: {class_counts(y_lb, data.classes)}")  # fmt: skip
         given = data.train.hashes(), y_lb.tolist(), y_zs is None or y_zs.tolist()
@@ -1434,7 +1434,7 @@ def save_student(folder: Path, student: nn.Module, config: dict) -> None:
 
 
 def load_student(folder: str | Path) -> tuple[Student, dict]:
-    """(student in eval mode, config) of a folder of `save_student`."""
+    """(student in eval mode, config) of a run. Input: `read_images`' or `TextViews.plain`'s."""
     folder = Path(folder)
     with explained(f"{folder} is no student", "expected the folder RUN/student"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
