@@ -558,13 +558,14 @@ def accuracies(runs: Runs) -> dict[str, dict[int, float]]:
 class Cell(NamedTuple):
     """A data set with a number of labels, and what differs from its preset."""
 
-    dataset: str  # a name, or a file of the folder with real data
+    dataset: str  # ag_news: files of the folder with real data; fortunes: see `short_texts`
     num_labels: int
     stage1: int
     stage2: int
     more: dict[str, Any]
 
 
+WRN = {"backbone": "wrn_28_2", "batch_size": 8, "uratio": 4, "amp": "bf16", "eval_every": 300}
 MINILM = {"lr": 1e-4, "batch_size": 4, "size": 64, "amp": "bf16", "eval_every": 1000}
 CELLS = {
     "digits, 10": Cell("digits", 10, 400, 800, {}),
@@ -573,9 +574,12 @@ CELLS = {
     "Fashion-MNIST, 100": Cell("fashion_mnist", 100, 300, 700, {"amp": "bf16", "eval_every": 700}),
     "CIFAR-10, 40": Cell("cifar10", 40, 1000, 2000, {"backbone": "cnn", "eval_every": 500}),
     "CIFAR-10, 250": Cell("cifar10", 250, 1000, 2000, {"backbone": "cnn", "eval_every": 500}),
+    "CIFAR-10, 250, WRN-28-2": Cell("cifar10", 250, 300, 600, WRN),
     "AG News, 40": Cell("ag_news", 40, 150, 300, MINILM | {"teacher": "described"}),
     "AG News, 40, poor teacher": Cell("ag_news", 40, 150, 300, MINILM | {"teacher": "names"}),
     "AG News, 40, two-word teacher": Cell("ag_news", 40, 150, 300, MINILM | {"teacher": "start"}),
+    "AG News, 200": Cell("ag_news", 200, 150, 300, MINILM | {"teacher": "described"}),
+    "short texts, 40": Cell("fortunes", 40, 60, 120, {"lr": 1e-4, "eval_every": 60}),
 }
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -664,6 +668,23 @@ def ag_news(folder: str, data_dir: str, teacher: str) -> dict[str, str]:
     return given | {"backbone": str(encoder)}
 
 
+def short_texts(data_dir: str) -> dict[str, str]:
+    """Arguments for the short texts of `fortunes`, made if missing: files, student's encoder, label
+    files. The teacher is the same encoder before training; it compares a text with "This text is
+    about computers." and so on."""
+    home = Path(data_dir) / "fortunes"
+    if not (home / "test.csv").exists():
+        fortunes(data_dir)
+    given = {"dataset": f"{home}/fortunes.csv", "test_file": f"{home}/test.csv"}
+    encoder, files = f"{home}/all-MiniLM-L6-v2", {}
+    for part, argument in (("train", "pseudolabels"), ("test", "pseudolabels_test")):
+        files[argument] = f"{data_dir}/labels/fortunes-{part}-embedding.jsonl"
+        own = {"split": part, "teacher": "embedding", "model": encoder, "output": files[argument]}
+        if not Path(files[argument]).exists():
+            pseudolabel.main(pseudolabel.Args(**given, **own, data_dir=data_dir))
+    return given | files | {"backbone": encoder}
+
+
 def real(
     folder: str = "data", cells: tuple[str, ...] = tuple(CELLS), seeds: tuple[int, ...] = (0, 1, 2),
     rows: tuple[str, ...] = ("supervised only", "AdaMatch", "pseudo-supervision", REFERENCE,
@@ -676,7 +697,8 @@ def real(
 
     Args:
         folder: Holds what the cells need of cifar10_24k_jpeg.npz and cifar10_teacher.npz (format:
-            cifar10_of, cifar10_labels), ag_news_train.csv and ag_news_test.csv (text, label).
+            cifar10_of, cifar10_labels), ag_news_train.csv and ag_news_test.csv (text, label). The
+            other cells make their data or download it; see `short_texts` for the short texts.
         cells: Names of CELLS.
         rows: Names of ROWS, EXTENSIONS and ABLATIONS.
         results: The file of summaries.
@@ -684,7 +706,7 @@ def real(
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse --short HEAD")
     path = Path(results)
     for name, seed in ((name, seed) for seed in seeds for name in cells):
-        kept = {"cells": {}, "shown": [], "earlier": {}, "pays": {}, "labels": {}, "runs": []}
+        kept = {"cells": {}, "shown": [], "pays": {}, "labels": {}, "runs": []}
         kept |= json.loads(path.read_text()) if path.exists() else {}
         if kept["cells"].setdefault(name, settings_of(name)) != settings_of(name):
             sys.exit(f"{name}: {path} has runs with other settings; remove them first")
@@ -716,6 +738,8 @@ def shared_of(cell: Cell, folder: str, data_dir: str) -> dict[str, Any]:
             pixel_teacher(data_dir=data_dir)
     if cell.dataset == "ag_news":
         shared |= ag_news(folder, data_dir, shared.pop("teacher"))
+    if cell.dataset == "fortunes":
+        shared |= short_texts(data_dir)
     return shared
 
 
@@ -766,21 +790,17 @@ def teacher_of(runs: dict[str, Runs]) -> float:
 
 
 def readme_table(kept: dict[str, Any]) -> str:
-    """The README's table: mean ± standard deviation over n seeds; earlier runs by their means."""
+    """The README's table: mean ± standard deviation over n seeds."""
     columns = list(TITLES)[:5]
     titles = ["data, labels (n)", "teacher", *(TITLES[row] for row in columns)]
     titles = [title.replace(f"{REFERENCE}, ", "") for title in titles]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for cell in kept["shown"]:
-        if runs := summaries(kept, cell):
-            found = {row: accuracy_of(mine) for row, mine in runs.items()}
-            teacher, sizes = teacher_of(runs), {len(runs[row]) for row in columns if row in runs}
-        else:
-            earlier = kept["earlier"][cell]
-            found, teacher, sizes = earlier["rows"], earlier["teacher"], {earlier["n"]}
+        runs = {row: mine for row, mine in summaries(kept, cell).items() if row in columns}
+        sizes = {len(mine) for mine in runs.values()}
         n = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
-        values = [f" {found[row]} " if row in found else " " for row in columns]
-        lines.append(f"| {cell} ({n}) | {teacher:.1f} |{'|'.join(values)}|")
+        values = [f" {accuracy_of(runs[row])} " if row in runs else " " for row in columns]
+        lines.append(f"| {cell} ({n}) | {teacher_of(runs):.1f} |{'|'.join(values)}|")
     return "\n".join(lines)
 
 
@@ -920,7 +940,7 @@ def tables(results: str = str(RESULTS)) -> None:
 
 def pays_points(kept: dict[str, Any]) -> dict[str, dict[str, float]]:
     """{cell: accuracy of teacher, AdaMatch, ZeroMatch, agreement}: means over the seeds that all
-    rows have. Earlier cells included."""
+    rows have. Cells whose runs are not kept have theirs in the block "pays"."""
     points, rows = dict(kept["pays"]), ("AdaMatch", REFERENCE, AGREEMENT)
     for cell in kept["cells"]:
         runs = summaries(kept, cell)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import benchmark as b
 import numpy as np
@@ -139,7 +140,7 @@ def test_teachers_are_weak_and_strong_and_a_thinned_pool_trains_with_their_label
     assert 0 < run["test_acc"] < 100 and 0 < run["pool_acc"] < 100
     # in a pool of three examples of one class and one of another, the one's recall weighs thrice
     student, _ = b.common.load_student(folder / "student")
-    views = b.common.Views(data.test, b.common.PRESETS["digits"], b.torch.device("cpu"))
+    views = b.common.Views(data.test, b.common.PRESETS["digits"], "cnn", b.torch.device("cpu"))
     answers = b.common.predict(student, views)[0].argmax(dim=1).numpy()
     recalls = np.array([(answers == k)[data.test.y == k].mean() for k in range(10)])
     high, low = recalls.argmax(), recalls.argmin()
@@ -192,7 +193,7 @@ def kept_of(accs):
     ]  # fmt: skip
     runs[-1]["teacher_acc"] = 60.0
     blocks = {"cells": {"digits, 10": b.settings_of("digits, 10")}, "shown": ["digits, 10"]}
-    return blocks | {"runs": runs, "earlier": {}, "pays": {}, "labels": {}}
+    return blocks | {"runs": runs, "pays": {}, "labels": {}}
 
 
 def test_tables_of_kept_runs_pair_by_seed():
@@ -289,6 +290,29 @@ def test_pictures_and_labels_are_read_from_the_folder(tmp_path):
     assert np.array_equal(data.test.x[1].transpose(1, 2, 0), np.array(last))
     train, _ = b.cifar10_labels(str(tmp_path), str(tmp_path))
     assert b.pseudolabel.read_labels(train, data, "train")[0].tolist() == [0, 1, 1]
+
+
+def test_short_texts_and_their_labels_are_made_once(tmp_path, monkeypatch):
+    made = []
+
+    def make(data_dir):
+        made.append("texts")
+        file = Path(data_dir) / "fortunes" / "test.csv"
+        file.parent.mkdir()
+        file.write_text("text,label\n")
+
+    def label(args):
+        made.append(args.split)
+        Path(args.output).write_text("")
+
+    monkeypatch.setattr(b, "fortunes", make)
+    monkeypatch.setattr(b.pseudolabel, "main", label)
+    (tmp_path / "labels").mkdir()
+    for _ in range(2):
+        shared = b.shared_of(b.CELLS["short texts, 40"], "", str(tmp_path))
+    assert made == ["texts", "train", "test"]
+    assert shared["dataset"] == f"{tmp_path}/fortunes/fortunes.csv" and shared["lr"] == 1e-4
+    assert shared["pseudolabels_test"] == f"{tmp_path}/labels/fortunes-test-embedding.jsonl"
 
 
 def test_labels_at_the_ends_of_lines_do_not_touch():
