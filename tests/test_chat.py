@@ -823,10 +823,9 @@ def test_kills_lose_no_answer_and_pay_none_twice_beyond_what_was_in_flight(tmp_p
         image_size=16, output=str(path),
     )  # fmt: skip
     log.touch()
-    kills, paid_in_all, sessions, after = 0, 0, 0, set()
-    while len(after) < 500:
-        sessions += 1
-        assert sessions <= 40
+    kills, paid_in_all, end, after = 0, 0, time.time() + 200, set()
+    while len(after) < 500:  # on a busy machine, a killed run's lock may outlive it for a while
+        assert time.time() < end
         before, logged = set(whole_indices(path)), log.stat().st_size
         child, deadline = quietly(pseudolabel.label, data, args), time.time() + 60
         enough = min(495, len(before) + 160)
